@@ -1,0 +1,192 @@
+"""Lists of clips: the embedded demo clips, a folder, a CSV, or the JSON of AST and Audio-MAE."""
+
+import csv
+import json
+import os
+import reprlib
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+
+import soundfile as sf
+
+_PATH_COLUMNS = ("path", "file", "filename", "wav")
+_LABEL_SEPARATOR = "\x1f"  # inside a manifest only; no name of a label holds it
+_ALIASES = {
+    "AIFF": ("aif", "aifc"),
+    "AU": ("snd",),
+    "MP3": ("mp2",),
+    "NIST": ("sph",),
+    "OGG": ("oga", "opus"),
+    "WAV": ("wave",),
+}
+
+
+class ManifestError(ValueError):
+    """A manifest that cannot be used; the message names it and the row."""
+
+
+class _PackedStrings:
+    """Strings in two flat buffers: millions take little, and worker processes share them without copying a page."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+        self._ends = array("q", [0])
+
+    def append(self, string: str) -> None:
+        """Append one string; file names that are not UTF-8 survive."""
+        self._data += string.encode("utf-8", "surrogateescape")
+        self._ends.append(len(self._data))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        index = range(len(self))[index]
+        return self._data[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogateescape")
+
+
+class Manifest:
+    """Clips and their labels, in a form that holds millions and that worker processes share.
+
+    Args:
+        clips: (path, labels) of each clip; duplicates stay.
+        root: Folder that relative paths start from.
+
+    Raises:
+        ManifestError: For no clips, or a path that is empty or cannot be a path.
+    """
+
+    def __init__(self, clips: Iterable[tuple[str, Sequence[str]]], root: str | Path = "."):
+        self.root = str(root)
+        self._paths = _PackedStrings()
+        self._labels = _PackedStrings()
+        self.has_labels = False
+        for number, (path, labels) in enumerate(clips):
+            if not path or "\0" in path:
+                raise ManifestError(f"clip {number}: {path!r} is no path")
+            self._paths.append(path)
+            self._labels.append(_LABEL_SEPARATOR.join(labels))
+            self.has_labels |= bool(labels)
+        if not self._paths:
+            raise ManifestError("no clips")
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def path(self, clip: int) -> str:
+        """Path of a clip, `root` included."""
+        return os.path.join(self.root, self._paths[clip])
+
+    def labels(self, clip: int) -> tuple[str, ...]:
+        """Labels of a clip; none where the manifest gives none."""
+        labels = self._labels[clip]
+        return tuple(labels.split(_LABEL_SEPARATOR)) if labels else ()
+
+
+def audio_extensions() -> tuple[str, ...]:
+    """Extensions, without dot and in lower case, that mark the audio files of a folder: those that libsndfile reads."""
+    formats = sf.available_formats().keys() - {"RAW"}
+    aliases = (alias for name in formats for alias in _ALIASES.get(name, ()))
+    return tuple(sorted({*map(str.lower, formats), *aliases}))
+
+
+def read_manifest(source: str | Path | None = None) -> Manifest:
+    """Read the list of clips from one of these; no clip is opened or looked for.
+
+    - `None`: the demo clips that come with the package.
+    - A folder: all audio files in it and its sub-folders, by extension, sorted by path; hidden ones are skipped. No
+      labels.
+    - A `.csv`: a header with a column `path`, `file`, `filename` or `wav`, and, where clips have labels, `label` (one,
+      as it stands) or `labels` (separated by commas). Relative paths start from the CSV's folder.
+    - A `.json` of AST or Audio-MAE: `{"data": [{"wav": path, "labels": "/m/a,/m/b"}, ...]}`, the labels optional.
+      Relative paths start from the JSON's folder.
+
+    Raises:
+        FileNotFoundError: For no such file or folder.
+        ManifestError: For a source of another kind, without clips, or malformed; names the place.
+    """
+    if source is None:
+        return _read(Path(str(resources.files("audiomae.data") / "demo" / "clips.csv")), _csv_clips)
+    path = Path(source)
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no such file or folder: {path}")
+    readers = {".csv": _csv_clips, ".json": _json_clips}
+    if path.suffix.lower() not in readers:
+        raise ManifestError(f"{path}: a manifest is a folder, a .csv or a .json")
+    return _read(path, readers[path.suffix.lower()])
+
+
+def _read(path: Path, clips: Callable[[Path], Iterator[tuple[str, Sequence[str]]]]) -> Manifest:
+    try:
+        return Manifest(clips(path), root=path.parent)
+    except (ManifestError, UnicodeError) as error:
+        raise ManifestError(f"{path}: {error}") from error
+
+
+def _read_folder(folder: Path) -> Manifest:
+    extensions = audio_extensions()
+    endings = tuple(f".{extension}" for extension in extensions)
+    paths = []
+    for parent, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".") and not _is_loop(parent, name)]
+        inside = os.path.relpath(parent, folder)
+        names = (name for name in files if not name.startswith(".") and name.lower().endswith(endings))
+        paths += [os.path.normpath(os.path.join(inside, name)) for name in names]
+    if not paths:
+        raise ManifestError(f"{folder}: no audio files in it or below; looked for .{' .'.join(extensions)}")
+    return Manifest(((path, ()) for path in sorted(paths)), root=folder)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _is_loop(parent: str, name: str) -> bool:
+    """Whether a folder is a link to one that it lies in."""
+    path = os.path.join(parent, name)
+    return os.path.islink(path) and Path(parent).resolve().is_relative_to(Path(path).resolve())
+
+
+def _csv_clips(path: Path) -> Iterator[tuple[str, Sequence[str]]]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = csv.reader(file, strict=True)
+        try:
+            header = [name.strip() for name in next(rows, [])]
+            column = next((name for name in _PATH_COLUMNS if name in header), None)
+            if column is None:
+                raise ManifestError(f"expected a column {' or '.join(_PATH_COLUMNS)}, found {header}")
+            for row in filter(None, rows):
+                if len(row) != len(header):
+                    raise ManifestError(f"line {rows.line_num}: {len(row)} fields under a header of {len(header)}")
+                record = dict(zip(header, row, strict=True))
+                if "labels" in record:
+                    yield record[column], _split(record["labels"])
+                else:
+                    yield record[column], [record["label"]] if record.get("label") else []
+        except csv.Error as error:
+            raise ManifestError(f"line {rows.line_num}: {error}") from error
+
+
+def _json_clips(path: Path) -> Iterator[tuple[str, Sequence[str]]]:
+    with path.open(encoding="utf-8-sig") as file:
+        try:
+            content = json.load(file)
+        except json.JSONDecodeError as error:
+            raise ManifestError(f"line {error.lineno}, column {error.colno}: {error.msg}") from error
+    records = content.get("data") if isinstance(content, dict) else None
+    if not isinstance(records, list):
+        raise ManifestError(f'expected {{"data": [...]}}, found {reprlib.repr(content)}')
+    labelled = any(isinstance(record, dict) and "labels" in record for record in records)
+    for number, record in enumerate(records):
+        for key in ("wav", "labels") if labelled else ("wav",):
+            if not isinstance(record, dict) or not isinstance(record.get(key), str):
+                raise ManifestError(f'data[{number}]: expected a string "{key}", found {reprlib.repr(record)}')
+        yield record["wav"], _split(record["labels"]) if labelled else []
+
+
+def _split(labels: str) -> list[str]:
+    return [label.strip() for label in labels.split(",") if label.strip()]

@@ -1,0 +1,238 @@
+"""Audio-MAE: a masked autoencoder of spectrograms ("Masked Autoencoders that Listen", arXiv 2207.06405)."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from mae_kernels import linear_masked_mse, masked_mse
+from mae_kernels._forms import check_impl
+from torch import Tensor, nn
+
+from audiomae.decoder import Decoder, DecoderKind
+from audiomae.encoder import ENCODER_SIZES, Encoder
+from audiomae.grid import PatchGrid
+from audiomae.masking import PatchMask
+
+TARGET_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class AudioMAEConfig:
+    """Architecture of an :class:`AudioMAE`. The defaults are the paper's: ViT-B with a local decoder.
+
+    Attributes:
+        spec_size: Frames and mel bins of a spectrogram.
+        patch_size: Frames and mel bins of a patch.
+        patch_stride: Step between patches along each axis; smaller than the patch, they overlap.
+        in_channels: Channels of a spectrogram.
+        embed_dim: Width of the encoder's tokens.
+        depth: Blocks of the encoder.
+        num_heads: Heads of the encoder.
+        mlp_ratio: Hidden width of every MLP over the width of its tokens.
+        decoder: Attention of the decoder: shifted windows, windows then global, or global.
+        decoder_dim: Width of the decoder's tokens.
+        decoder_depth: Blocks of the decoder, all counted; None is 16 for local, 12 for hybrid, 8 for global.
+        decoder_heads: Heads of the decoder.
+        window: Tokens a window along time and frequency.
+        shift: Cyclic shift of every second local block along time and frequency.
+        hybrid_global_layers: Global blocks that end a hybrid decoder.
+        bias_dropout: Dropout of the position bias in training; 0.1 in the released code.
+        position_grid: Layout of the fixed positions; "official" is the transposed one of released checkpoints.
+        norm_target: Normalise each target patch by its own mean and variance.
+    """
+
+    spec_size: tuple[int, int] = (1024, 128)
+    patch_size: tuple[int, int] = (16, 16)
+    patch_stride: tuple[int, int] = (16, 16)
+    in_channels: int = 1
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    decoder: DecoderKind = "local"
+    decoder_dim: int = 512
+    decoder_depth: int | None = None
+    decoder_heads: int = 16
+    window: tuple[int, int] = (4, 4)
+    shift: tuple[int, int] = (2, 0)
+    hybrid_global_layers: int = 4
+    bias_dropout: float = 0.0
+    position_grid: Literal["true", "official"] = "true"
+    norm_target: bool = True
+
+    @classmethod
+    def from_size(cls, size: str, **settings: Any) -> "AudioMAEConfig":
+        """Take the encoder of a published size: tiny, small, base, large or huge.
+
+        Args:
+            size: Its name.
+            **settings: Any other fields.
+
+        Raises:
+            ValueError: An unknown size.
+        """
+        if size not in ENCODER_SIZES:
+            raise ValueError(f"size is {size!r}, expected one of {', '.join(ENCODER_SIZES)}")
+        embed_dim, depth, num_heads = ENCODER_SIZES[size]
+        return cls(**{"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, **settings})
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> "AudioMAEConfig":
+        """Undo :meth:`to_dict`, also after JSON has turned tuples into lists.
+
+        Raises:
+            ValueError: A setting that this version does not know.
+        """
+        unknown = sorted(settings.keys() - {field.name for field in fields(cls)})
+        if unknown:
+            raise ValueError(f"model configuration has unknown settings: {', '.join(unknown)}")
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all settings by name."""
+        return asdict(self)
+
+    @property
+    def grid(self) -> PatchGrid:
+        """The patch grid."""
+        return PatchGrid(self.spec_size, self.patch_size, self.patch_stride)
+
+
+class MAEOutput(NamedTuple):
+    """What :class:`AudioMAE` returns.
+
+    Attributes:
+        loss: Mean squared error over the removed patches, a scalar.
+        pred: Predictions ``(B, L, patch frames * patch bins * channels)`` of all patches, normalised if the targets
+            are; None unless asked for.
+        mask: ``(B, L)`` bool, True where removed.
+    """
+
+    loss: Tensor
+    pred: Tensor | None
+    mask: Tensor
+
+
+class AudioMAE(nn.Module):
+    """Masked autoencoder: encodes the visible patches of a spectrogram and predicts the removed ones.
+
+    Args:
+        config: The architecture.
+        impl: Form of the operators: ``"reference"`` is plain PyTorch as published code has it; ``"auto"`` takes the
+            fastest form at hand.
+
+    Raises:
+        ValueError: Sizes that do not go together, or an unknown ``impl``.
+    """
+
+    def __init__(self, config: AudioMAEConfig | None = None, impl: str = "auto"):
+        super().__init__()
+        check_impl(impl)
+        self.config = config = config or AudioMAEConfig()
+        self.impl = impl
+        self.grid = config.grid
+        self.encoder = Encoder(
+            self.grid,
+            in_channels=config.in_channels,
+            embed_dim=config.embed_dim,
+            depth=config.depth,
+            num_heads=config.num_heads,
+            mlp_ratio=config.mlp_ratio,
+            position_grid=config.position_grid,
+            impl=impl,
+        )
+        self.decoder = Decoder(
+            self.grid,
+            values=config.in_channels * config.patch_size[0] * config.patch_size[1],
+            encoder_dim=config.embed_dim,
+            kind=config.decoder,
+            dim=config.decoder_dim,
+            depth=config.decoder_depth,
+            num_heads=config.decoder_heads,
+            mlp_ratio=config.mlp_ratio,
+            window=config.window,
+            shift=config.shift,
+            global_layers=config.hybrid_global_layers,
+            bias_dropout=config.bias_dropout,
+            position_grid=config.position_grid,
+            impl=impl,
+        )
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise as published: Xavier-uniform weights, zero biases, unit norms and temperatures, small tokens."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+        nn.init.normal_(self.encoder.cls_token, std=0.02)
+        nn.init.normal_(self.decoder.mask_token, std=0.02)
+
+    def forward(
+        self,
+        spec: Tensor,
+        mask: PatchMask | None = None,
+        mask_ratio: float = 0.8,
+        seeds: Tensor | None = None,
+        return_pred: bool = False,
+    ) -> MAEOutput:
+        """Compute the pre-training loss.
+
+        Args:
+            spec: Normalised spectrograms ``(B, in_channels, frames, mel bins)``.
+            mask: Which patches to remove. None draws a random mask.
+            mask_ratio: Share of patches to remove where the mask is drawn.
+            seeds: ``(B,)`` int64, one for each row's mask; None draws them from PyTorch's generator.
+            return_pred: Also predict all patches, the visible ones included.
+
+        Raises:
+            ValueError: A wrong shape, or a ratio that keeps or removes nothing.
+        """
+        if mask is None:
+            if seeds is None:
+                seeds = torch.randint(2**63 - 1, spec.shape[:1], device=spec.device)
+            mask = PatchMask.random(seeds, self.grid, mask_ratio, impl=self.impl)
+        hidden = self.decoder(self.encoder(spec, mask), mask)
+        head = self.decoder.pred
+        target: dict[str, Any] = {
+            "patch_size": self.grid.patch_size,
+            "stride": self.grid.patch_stride,
+            "normalize": self.config.norm_target,
+            "eps": TARGET_EPS,
+            "impl": self.impl,
+        }
+        if return_pred:
+            pred = F.linear(hidden, head.weight, head.bias)
+            return MAEOutput(masked_mse(pred, spec, mask.ids_removed, **target), pred, mask.mask)
+        loss = linear_masked_mse(hidden, head.weight, head.bias, spec, mask.ids_removed, **target)
+        return MAEOutput(loss, None, mask.mask)
+
+    @torch.no_grad()
+    def reconstruct(self, spec: Tensor, output: MAEOutput) -> Tensor:
+        """Put predictions into the removed patches of a spectrogram; visible patches stay as they are.
+
+        Normalised predictions get back the mean and deviation of the patch that they stand for, as MAE's figures do.
+
+        Args:
+            spec: The input ``(B, in_channels, frames, mel bins)``.
+            output: Of this model on it, with ``return_pred=True``.
+
+        Returns:
+            ``(B, in_channels, frames, mel bins)`` in the dtype of ``spec``.
+
+        Raises:
+            ValueError: The output holds no predictions.
+        """
+        if output.pred is None:
+            raise ValueError("output holds no predictions, expected that of a call with return_pred=True")
+        patches, pred = self.grid.patchify(spec), output.pred.to(spec.dtype)
+        if self.config.norm_target:
+            variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+            pred = pred * (variance + TARGET_EPS).sqrt() + mean
+        return self.grid.unpatchify(torch.where(output.mask[..., None], pred, patches))

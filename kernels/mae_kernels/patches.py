@@ -1,0 +1,43 @@
+"""The order of patches in an image and of values in a patch: what every patch operator agrees on.
+
+Patch ``(row, column)`` is token ``row * columns + column``. Within a patch the order is row, column, channel, channel
+fastest, which is that of ``patchify`` in published MAE code and so of its prediction head.
+"""
+
+import torch
+from torch import Tensor
+
+
+def grid_shape(image_size: tuple[int, int], patch_size: tuple[int, int], stride: tuple[int, int]) -> tuple[int, int]:
+    """Patches that fit an image, as ``(rows, columns)``.
+
+    Raises:
+        ValueError: The image is smaller than a patch.
+    """
+    if any(size < patch for size, patch in zip(image_size, patch_size, strict=True)):
+        raise ValueError(f"an image of {image_size} is smaller than one patch of {patch_size}")
+    rows, columns = (
+        (size - patch) // step + 1 for size, patch, step in zip(image_size, patch_size, stride, strict=True)
+    )
+    return rows, columns
+
+
+def patchify(image: Tensor, patch_size: tuple[int, int], stride: tuple[int, int]) -> Tensor:
+    """Cut ``image (B, C, H, W)`` into patches ``(B, L, ph * pw * C)``."""
+    patches = image.unfold(2, patch_size[0], stride[0]).unfold(3, patch_size[1], stride[1])
+    return patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+
+
+def unpatchify(
+    patches: Tensor, image_size: tuple[int, int], patch_size: tuple[int, int], stride: tuple[int, int]
+) -> Tensor:
+    """Put patches ``(B, L, ph * pw * C)`` back into an image ``(B, C, H, W)``.
+
+    Where patches overlap, their mean is taken; a margin that no patch covers is 0.
+    """
+    batch, length, _ = patches.shape
+    columns = patches.view(batch, length, patch_size[0] * patch_size[1], -1).permute(0, 3, 2, 1).flatten(1, 2)
+    fold = {"output_size": image_size, "kernel_size": patch_size, "stride": stride}
+    total = torch.nn.functional.fold(columns, **fold)
+    covers = torch.nn.functional.fold(columns.new_ones(1, patch_size[0] * patch_size[1], length), **fold)
+    return total / covers.clamp(min=1)
