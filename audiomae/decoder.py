@@ -43,9 +43,8 @@ class MetaMlp(nn.Module):
         times, frequencies = torch.meshgrid(*(torch.arange(side) for side in window), indexing="ij")
         places = torch.stack([times.flatten(), frequencies.flatten()], dim=1).double()
         offsets = places[:, None] - places[None, :]  # query minus key
-        self.register_buffer(
-            "offsets", (offsets.sign() * offsets.abs().log1p()).float().flatten(0, 1), persistent=False
-        )
+        logs = (offsets.sign() * offsets.abs().log1p()).flatten(0, 1)
+        self.register_buffer("offsets", logs.to(torch.get_default_dtype()), persistent=False)
 
     def forward(self) -> Tensor:
         """Compute the bias; in the parameters' dtype also under autocast, for it is added to logits."""

@@ -104,12 +104,12 @@ class LogMel(nn.Module):
         Args:
             waveform: (B, samples), float32 or float64.
             target_frames: T, reached by cropping or padding at the end; None is as many as `samples` gives.
-            lengths: (B,) integers: each clip's own samples in a batch that is padded on the right, with anything. A
-                clip gives what it would give alone, and padding for the rest of its frames. The values are checked
-                on the CPU in eager mode only, because elsewhere a check would wait for the device.
+            lengths: (B,), int32 or int64: each clip's own samples in a batch that is padded on the right, with
+                anything. A clip gives what it would give alone, and padding for the rest of its frames. The values
+                are checked on the CPU in eager mode only, because elsewhere a check would wait for the device.
 
         Raises:
-            TypeError: `waveform` is neither float32 nor float64, or `lengths` not integer.
+            TypeError: `waveform` is neither float32 nor float64, or `lengths` neither int32 nor int64.
             ValueError: a wrong shape, `target_frames` below 1, or a length outside [0, samples].
         """
         self._check(waveform, target_frames, lengths)
@@ -222,5 +222,5 @@ def _remove_mean(waveform: Tensor, lengths: Tensor | None) -> Tensor:
     if lengths is None:
         return waveform - waveform.mean(1, keepdim=True, dtype=wide).to(waveform.dtype)
     waveform = waveform.where(_prefix_mask(lengths, waveform.shape[1]), 0)
-    mean = waveform.sum(1, keepdim=True, dtype=wide) / lengths.clamp(min=1)[:, None]
+    mean = waveform.sum(1, keepdim=True, dtype=wide) / lengths[:, None]
     return waveform - mean.to(waveform.dtype)

@@ -74,7 +74,7 @@ class PatchMask(NamedTuple):
 
     @classmethod
     def time_frequency(cls, seeds: Tensor, grid: PatchGrid, time_ratio: float, frequency_ratio: float) -> "PatchMask":
-        """Remove ``time_ratio`` of the times and ``frequency_ratio`` of the frequencies; errors as in :meth:`random`."""
+        """Remove ``time_ratio`` of times and ``frequency_ratio`` of frequencies; errors as in :meth:`random`."""
         time_kept, frequency_kept = count_kept(grid.shape[0], time_ratio), count_kept(grid.shape[1], frequency_ratio)
         return cls._structured(seeds, grid, time_kept=time_kept, frequency_kept=frequency_kept)
 

@@ -1,10 +1,9 @@
 """Audio-MAE: a masked autoencoder of spectrograms ("Masked Autoencoders that Listen", arXiv 2207.06405)."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from mae_kernels import linear_masked_mse, masked_mse
 from mae_kernels._forms import check_impl
 from torch import Tensor, nn
@@ -76,6 +75,11 @@ class AudioMAEConfig:
             raise ValueError(f"size is {size!r}, expected one of {', '.join(ENCODER_SIZES)}")
         embed_dim, depth, num_heads = ENCODER_SIZES[size]
         return cls(**{"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, **settings})
+
+    def resized(self, size: str) -> "AudioMAEConfig":
+        """Change the encoder to a published size; errors as in :meth:`from_size`."""
+        other = self.from_size(size)
+        return replace(self, embed_dim=other.embed_dim, depth=other.depth, num_heads=other.num_heads)
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> "AudioMAEConfig":
@@ -200,18 +204,40 @@ class AudioMAE(nn.Module):
             mask = PatchMask.random(seeds, self.grid, mask_ratio, impl=self.impl)
         hidden = self.decoder(self.encoder(spec, mask), mask)
         head = self.decoder.pred
-        target: dict[str, Any] = {
+        if return_pred:
+            pred = head(hidden)
+            return MAEOutput(masked_mse(pred, spec, mask.ids_removed, **self._target()), pred, mask.mask)
+        loss = linear_masked_mse(hidden, head.weight, head.bias, spec, mask.ids_removed, **self._target())
+        return MAEOutput(loss, None, mask.mask)
+
+    def _target(self) -> dict[str, Any]:
+        """What the loss compares with."""
+        return {
             "patch_size": self.grid.patch_size,
             "stride": self.grid.patch_stride,
             "normalize": self.config.norm_target,
             "eps": TARGET_EPS,
             "impl": self.impl,
         }
-        if return_pred:
-            pred = F.linear(hidden, head.weight, head.bias)
-            return MAEOutput(masked_mse(pred, spec, mask.ids_removed, **target), pred, mask.mask)
-        loss = linear_masked_mse(hidden, head.weight, head.bias, spec, mask.ids_removed, **target)
-        return MAEOutput(loss, None, mask.mask)
+
+    @torch.no_grad()
+    def mean_loss(self, spec: Tensor, mask: PatchMask) -> Tensor:
+        """Score the prediction of every removed patch's own mean: what a model that has learnt nothing can reach.
+
+        With normalised targets this is (n - 1) / n for patches of n values, less where patches are constant.
+
+        Args:
+            spec: ``(B, in_channels, frames, mel bins)``.
+            mask: Which patches are removed.
+
+        Returns:
+            The loss, a scalar.
+        """
+        patches = self.grid.patchify(spec)
+        pred = torch.zeros_like(patches)
+        if not self.config.norm_target:
+            pred += patches.mean(dim=-1, keepdim=True)
+        return masked_mse(pred, spec, mask.ids_removed, **self._target())
 
     @torch.no_grad()
     def reconstruct(self, spec: Tensor, output: MAEOutput) -> Tensor:

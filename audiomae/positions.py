@@ -17,7 +17,7 @@ def sincos_1d(positions: Tensor, dim: int) -> Tensor:
 
 
 def sincos_2d(grid: tuple[int, int], dim: int, *, layout: str = "true") -> Tensor:
-    """Position table ``(1, 1 + L, dim)`` of a grid, with zeros for the class token, in float32.
+    """Position table ``(1, 1 + L, dim)`` of a grid, with zeros for the class token, in PyTorch's default dtype.
 
     The first half of a row embeds the *second* grid axis (frequency) and the second half the first (time), as in
     published MAE code, whose mesh puts the width first.
@@ -39,7 +39,7 @@ def sincos_2d(grid: tuple[int, int], dim: int, *, layout: str = "true") -> Tenso
     tokens = torch.arange(grid[0] * grid[1])
     first, second = tokens % columns, tokens // columns
     table = torch.cat([sincos_1d(first, dim // 2), sincos_1d(second, dim // 2)], dim=1)
-    return F.pad(table, (0, 0, 1, 0))[None].float()
+    return F.pad(table, (0, 0, 1, 0))[None].to(torch.get_default_dtype())
 
 
 def fit_positions(table: Tensor, source: tuple[int, int], target: tuple[int, int]) -> tuple[Tensor, str]:

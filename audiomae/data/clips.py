@@ -167,6 +167,8 @@ class ClipDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         seed: Seed of the run.
         gain_db: The waveform is multiplied by a gain uniform in [-gain_db, gain_db] decibels; 0 leaves it as it is.
             Nothing is clipped.
+        gain: "uniform" is that, the paper's; "beta" multiplies by a draw of Beta(10, 10) + 0.5, as the released code
+            does.
         crop: "random" starts anywhere in the clip and goes round at its end, "start" at its first sample.
 
     Raises:
@@ -182,12 +184,15 @@ class ClipDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         samples: int = 160_000,
         seed: int = 0,
         gain_db: float = 6.0,
+        gain: Literal["uniform", "beta"] = "uniform",
         crop: Literal["random", "start"] = "random",
     ):
         if sample_rate < 1 or samples < 1:
             raise ValueError(f"sample_rate and samples must be at least 1, got {sample_rate} and {samples}")
         if not (math.isfinite(gain_db) and gain_db >= 0):
             raise ValueError(f"gain_db must be a number of decibels >= 0, got {gain_db}")
+        if gain not in ("uniform", "beta"):
+            raise ValueError(f'gain must be "uniform" or "beta", got {gain!r}')
         if crop not in ("random", "start"):
             raise ValueError(f'crop must be "random" or "start", got {crop!r}')
         self.manifest = manifest
@@ -195,6 +200,7 @@ class ClipDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         self.samples = samples
         self.seed = seed
         self.gain_db = gain_db
+        self.gain = gain
         self.crop = crop
 
     def __len__(self) -> int:
@@ -212,7 +218,9 @@ class ClipDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
             if self.crop == "random":
                 start = int(clip_generator(self.seed, epoch, number, "crop").integers(clip.length))
             waveform = _read_cyclic(clip, start, self.samples)
-        if self.gain_db > 0:
-            gain = clip_generator(self.seed, epoch, number, "gain").uniform(-self.gain_db, self.gain_db)
-            waveform *= 10 ** (gain / 20)
+        draw = clip_generator(self.seed, epoch, number, "gain")
+        if self.gain == "beta":
+            waveform *= draw.beta(10, 10) + 0.5
+        elif self.gain_db > 0:
+            waveform *= 10 ** (draw.uniform(-self.gain_db, self.gain_db) / 20)
         return waveform, torch.tensor([epoch, number])

@@ -217,13 +217,15 @@ def test_lengths_equal_each_clip_alone(backend: str | None, target_frames: int |
     assert_close(actual, expected, FLOAT64_ROUNDING)
 
 
-def test_float32_lengths_change_no_bit() -> None:
+@pytest.mark.parametrize(("backend", "atol"), [(None, 0), ("eager", SAME_ROUNDING)])
+def test_lengths_round_as_each_clip_alone(backend: str | None, atol: float) -> None:
     waveform = torch.randn(4, 9001, generator=torch.Generator().manual_seed(0)) + 0.1
     lengths = torch.tensor([9001, 1234, 5000, 8999], dtype=torch.int32)
-    log_mel = LogMel()
+    log_mel = torch.compile(LogMel(), fullgraph=True, backend=backend) if backend else LogMel()
     batched = log_mel(waveform, 100, lengths)
     for row, length in enumerate(lengths.tolist()):
-        assert_close(batched[row], log_mel(waveform[row, None, :length], 100)[0], 0)
+        assert_close(batched[row], log_mel(waveform[row, None, :length], 100)[0], atol)
+    torch._dynamo.reset()
 
 
 def test_batched_path_is_as_accurate_as_torchaudio() -> None:
@@ -254,11 +256,14 @@ def test_float64_computes_in_float64() -> None:
         assert_close(actual[0, 0], expected, FLOAT64_ROUNDING, name)
 
 
-def test_gradient() -> None:
+@pytest.mark.parametrize("backend", [None, "eager"])
+def test_gradient(backend: str | None) -> None:
     log_mel = LogMel(sample_rate=1000, num_mels=5, mean=1.0, std=2.0)
-    waveform = torch.randn(2, 70, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    lengths = torch.tensor([70, 40])
-    assert torch.autograd.gradcheck(lambda x: log_mel(x, 6, lengths), waveform)
+    waveform = torch.randn(3, 70, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    lengths = torch.tensor([70, 40, 0])
+    function = torch.compile(log_mel, fullgraph=True, backend=backend) if backend else log_mel
+    assert torch.autograd.gradcheck(lambda x: function(x, 6, lengths), waveform)
+    torch._dynamo.reset()
 
 
 def test_autocast_changes_nothing() -> None:

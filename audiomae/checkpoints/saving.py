@@ -1,0 +1,59 @@
+"""Saving: native weights, and files for the official code."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from audiomae.checkpoints.files import NATIVE_CONFIG, NATIVE_METADATA, NATIVE_MODEL, replacing
+from audiomae.checkpoints.names import to_official
+from audiomae.checkpoints.shapes import check_state
+from audiomae.model import AudioMAE, AudioMAEConfig
+
+Weights = AudioMAE | tuple[AudioMAEConfig, dict[str, Tensor]]
+"""A model, or what :func:`audiomae.checkpoints.load` returns."""
+
+
+def save_weights(path: str | Path, weights: Weights) -> None:
+    """Save weights and configuration natively, as safetensors. A crash leaves the old file or the new one.
+
+    Args:
+        path: The file, by custom with the suffix ``.safetensors``.
+        weights: A model, or a configuration and its state dictionary, of the encoder alone or of all.
+
+    Raises:
+        FileNotFoundError: No such directory.
+        CheckpointError: Tensors that do not fit the configuration.
+    """
+    config, state = _checked(weights)
+    metadata = {"format": "pt", NATIVE_METADATA: json.dumps(config.to_dict())}
+    with replacing(Path(path)) as temporary:
+        save_file(state, temporary, metadata)
+
+
+def save_official(path: str | Path, weights: Weights) -> None:
+    """Save weights under the names and in the layout of the official code, which then loads them strictly.
+
+    The configuration lies next to them, where that code does not look, so that :func:`audiomae.checkpoints.load`
+    need not infer it.
+
+    Args:
+        path: The file, by custom with the suffix ``.pth``.
+        weights: As for :func:`save_weights`.
+
+    Raises:
+        FileNotFoundError: No such directory.
+        CheckpointError: Tensors that do not fit the configuration.
+    """
+    config, state = _checked(weights)
+    with replacing(Path(path)) as temporary:
+        torch.save({NATIVE_MODEL: to_official(state), NATIVE_CONFIG: config.to_dict()}, temporary)
+
+
+def _checked(weights: Weights) -> tuple[AudioMAEConfig, dict[str, Tensor]]:
+    """Check the weights, and copy them: a tensor that is a view would be written with all that lies behind it."""
+    config, state = (weights.config, weights.state_dict()) if isinstance(weights, AudioMAE) else weights
+    check_state(config, state)
+    return config, {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}

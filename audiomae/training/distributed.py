@@ -1,0 +1,76 @@
+"""The processes of a run: who they are, where they compute, and how they agree."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run.
+
+    Attributes:
+        rank: Number of this process.
+        world_size: Number of processes.
+        local_world_size: Of those, on this machine.
+        device: Where this process computes.
+    """
+
+    rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes logs and checkpoints."""
+        return self.rank == 0
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Average a tensor over the ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+            value /= self.world_size
+        return value
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def join_ranks(device: str) -> Iterator[Ranks]:
+    """Join the processes that torchrun started, or run as the only one.
+
+    Args:
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``. Ranks talk through NCCL on GPUs and gloo on CPUs.
+
+    Raises:
+        ValueError: ``"cuda"`` without a GPU, or fewer GPUs than processes on this machine.
+    """
+    rank, world_size, local_rank, local_world_size = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    )
+    gpus = torch.cuda.device_count()
+    if device == "cuda" and not gpus:
+        raise ValueError("device is cuda, but PyTorch sees no GPU here")
+    on_gpu = gpus > 0 and device != "cpu"
+    if on_gpu and local_rank >= gpus:
+        raise ValueError(f"{local_world_size} processes on this machine, but it has {gpus} GPUs: start one for each")
+    chosen = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(chosen)
+    if world_size > 1:
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None)
+    try:
+        yield Ranks(rank, world_size, local_world_size, chosen)
+    finally:
+        if world_size > 1:
+            dist.destroy_process_group()

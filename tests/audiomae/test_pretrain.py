@@ -1,0 +1,201 @@
+"""The pre-training command on the demo clips: what it writes, what it prints, and that its runs agree."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from audiomae import AudioMAEConfig
+from audiomae.checkpoints import load
+from audiomae.pretrain import main, parse_arguments
+
+TINY = (
+    "--model.spec-size 64 128 --model.embed-dim 32 --model.depth 2 --model.num-heads 2 "
+    "--model.decoder-dim 16 --model.decoder-depth 2 --model.decoder-heads 2 "
+    "--batch-size 42 --repeats 1 --workers 0 --warmup-epochs 1"
+).split()
+
+
+def run(output: Path, *flags: str) -> list[dict[str, float]]:
+    main([*TINY, "--output-dir", str(output), *flags])
+    return read_log(output)
+
+
+def read_log(output: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+def losses(log: list[dict[str, float]]) -> torch.Tensor:
+    return torch.tensor([record["loss"] for record in log], dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("run") / "demo"
+    run(output, "--epochs", "3", "--picture-every", "3", "--keep-every", "1")
+    return output
+
+
+def test_run_leaves_log_pictures_and_checkpoints(trained: Path) -> None:
+    log = read_log(trained)
+    assert [record["step"] for record in log] == list(range(1, 10))
+    assert [record["epoch"] for record in log] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert all({"loss", "mean_loss", "lr", "clips_per_second"} <= record.keys() for record in log)
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert (trained / "pictures" / "reconstruction-epoch-0003.png").stat().st_size > 10_000
+    assert list((trained / "tensorboard").iterdir())
+    names = {path.name for path in trained.glob("*.pt")}
+    assert names == {"checkpoint-last.pt", *(f"checkpoint-epoch-000{epoch}.pt" for epoch in (1, 2, 3))}
+
+
+def test_weights_and_checkpoint_hold_the_same_model(trained: Path) -> None:
+    config, weights = load(trained / "weights.safetensors")
+    same_config, state = load(trained / "checkpoint-last.pt")
+    assert config == same_config
+    assert config.spec_size == (64, 128)
+    assert weights.keys() == state.keys() == load_file(trained / "weights.safetensors").keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, state[name], rtol=0, atol=0)
+
+
+def test_resumed_run_ends_where_the_whole_run_ended(trained: Path, tmp_path: Path) -> None:
+    output = tmp_path / "resumed"
+    log = run(output, "--epochs", "3", "--resume", str(trained / "checkpoint-epoch-0001.pt"))
+    assert [record["step"] for record in log] == list(range(4, 10))
+    torch.testing.assert_close(losses(log), losses(read_log(trained)[3:]), rtol=0, atol=0)
+    for name, tensor in load_file(output / "weights.safetensors").items():
+        torch.testing.assert_close(tensor, load_file(trained / "weights.safetensors")[name], rtol=0, atol=0)
+
+
+def test_resume_auto_continues_in_place_and_knows_the_end(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(trained, output)
+    shutil.copyfile(output / "checkpoint-epoch-0002.pt", output / "checkpoint-last.pt")
+    log = run(output, "--epochs", "3", "--resume", "auto")
+    assert [record["step"] for record in log] == list(range(1, 10))
+    torch.testing.assert_close(losses(log), losses(read_log(trained)), rtol=0, atol=0)
+    run(output, "--epochs", "3", "--resume", "auto")
+    assert "nothing to do: all 3 epochs are done" in capsys.readouterr().err
+
+
+def test_accumulation_and_workers_do_not_change_the_run(trained: Path, tmp_path: Path) -> None:
+    log = run(tmp_path / "run", "--epochs", "3", "--accumulation", "3", "--workers", "2")
+    torch.testing.assert_close(losses(log), losses(read_log(trained)), rtol=1e-5, atol=0)
+
+
+def test_two_processes_follow_the_curve_of_one(trained: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "audiomae.pretrain", *TINY, "--output-dir", str(output), "--epochs", "3", "--device", "cpu"]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(losses(read_log(output)), losses(read_log(trained)), rtol=1e-5, atol=0)
+
+
+def test_fused_without_a_gpu_trains_the_same_and_says_which_forms_it_took(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = run(tmp_path / "run", "--epochs", "3", "--fused", "--device", "cpu")
+    assert "operator patch_embed: " in capsys.readouterr().err
+    torch.testing.assert_close(losses(log), losses(read_log(trained)), rtol=1e-5, atol=0)
+
+
+def test_encoder_starts_from_an_earlier_run(trained: Path, tmp_path: Path) -> None:
+    fresh = read_log(trained)[0]["loss"]
+    log = run(tmp_path / "run", "--epochs", "1", "--init-from", str(trained / "weights.safetensors"))
+    assert log[0]["loss"] != fresh
+
+
+@pytest.mark.parametrize("mask", ["time", "frequency", "time_frequency"])
+def test_structured_masks_clipping_and_bf16_train(mask: str, tmp_path: Path) -> None:
+    log = run(
+        tmp_path, "--epochs", "1", "--mask", mask, "--mask-ratio", "0.5", "--clip-grad", "1", "--precision", "bf16"
+    )
+    assert all(0 < record["loss"] < 3 and record["gradient_norm"] > 0 for record in log)
+
+
+def test_flags_change_the_recipe() -> None:
+    config = parse_arguments(["--recipe", "pretrain-audioset", "--fused", "--epochs", "7", "--model.decoder", "hybrid"])
+    assert (config.recipe, config.fused, config.epochs, config.batch_size) == ("pretrain-audioset", True, 7, 512)
+    assert config.model == AudioMAEConfig(decoder="hybrid")
+    assert not parse_arguments(["--no-fused"]).fused
+    assert parse_arguments(["--variant=released", "--recipe=pretrain-audioset"]).epochs == 33
+    sized = parse_arguments(["--recipe", "pretrain-audioset", "--size", "large"]).model
+    assert (sized.embed_dim, sized.depth, sized.num_heads) == (1024, 24, 16)
+
+
+def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse_arguments(["--recipe", "pretrain-audioset", "--help"])
+    assert end.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for explained in ("Learning rate for a batch of 256", "Width of the decoder's tokens", "--fused", "--model.window"):
+        assert explained in text
+
+
+def write_broken_inputs(folder: Path) -> None:
+    (folder / "empty").mkdir()
+    (folder / "empty.csv").write_text("file,label\n")
+    (folder / "text.pth").write_text("<html>not found</html>")
+    torch.save({"model": {"encoder.norm.weight": torch.ones(3)}}, folder / "other.pth")
+    (folder / "used").mkdir()
+    (folder / "used" / "checkpoint-last.pt").write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--recipe audioset", "recipe is 'audioset', expected one of demo, pretrain-audioset"),
+        ("--size giant", "size is 'giant', expected one of tiny, small, base, large, huge"),
+        ("--data {folder}/none.csv", "none.csv"),
+        ("--data {folder}/empty", "/empty"),
+        ("--data {folder}/empty.csv", "empty.csv"),
+        ("--batch-size 500", "batch of 500 clips, but the manifest has 126"),
+        ("--accumulation 4", "accumulation is 4, expected a divisor of the 42 clips of a rank"),
+        ("--mask-ratio 0.99", "a mask ratio of 0.99 keeps 0 of 32"),
+        ("--mask-ratio 0.0", "a mask ratio of 0.0 keeps 32 of 32"),
+        ("--mask-ratio 1.5", "mask ratio is 1.5, expected a number between 0 and 1"),
+        ("--model.num-heads 5", "5 heads do not divide a width of 32"),
+        ("--model.patch-size 8 16", "patch_stride is 16 frames, expected at most the 8 of patch_size"),
+        ("--init-from {folder}/none.pth", "none.pth"),
+        ("--init-from {folder}/text.pth", "text.pth"),
+        ("--init-from {folder}/other.pth", "other.pth"),
+        ("--resume {folder}/none.pt", "no checkpoint at"),
+        ("--resume {folder}/text.pth", "text.pth"),
+        ("--output-dir {folder}/used", "used holds a run already: go on with --resume auto"),
+        ("--output-dir {folder}/used --resume auto", "is empty"),
+        ("--device cuda", "device is cuda, but PyTorch sees no GPU here"),
+    ],
+)
+def test_what_is_wrong_ends_in_one_line_before_any_work(
+    flags: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if flags == "--device cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    write_broken_inputs(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as end:
+        main([*TINY, "--output-dir", str(tmp_path / "run"), *flags.format(folder=tmp_path).split()])
+    printed = capsys.readouterr().err
+    assert end.value.code == 2
+    assert len(printed.splitlines()) == 1, printed
+    assert printed.startswith("audiomae.pretrain: error: ")
+    assert message in printed
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_resume_refuses_another_model(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = str(trained / "checkpoint-last.pt")
+    with pytest.raises(SystemExit):
+        main([*TINY, "--output-dir", str(tmp_path), "--resume", checkpoint, "--model.depth", "3"])
+    assert "is the state of another model: depth 2 (now 3)" in capsys.readouterr().err

@@ -1,0 +1,100 @@
+"""Optimiser, schedule, masks and the state of a run."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from audiomae import AudioMAE, AudioMAEConfig, PatchGrid
+from audiomae.recipes import PRETRAIN_RECIPES, pretrain_audioset
+from audiomae.training.config import PretrainConfig
+from audiomae.training.loop import draw_mask
+from audiomae.training.optimizer import build_adamw, cosine_lr
+
+TINY = AudioMAEConfig(
+    spec_size=(64, 32), embed_dim=16, depth=1, num_heads=2, decoder_dim=16, decoder_depth=2, decoder_heads=2
+)
+
+
+def test_learning_rate_rises_then_falls_along_half_a_cosine() -> None:
+    schedule = {"total": 320.0, "warmup": 30.0, "peak": 4e-4, "minimum": 1e-6}
+    rates = [cosine_lr(step, **schedule) for step in range(321)]
+    assert rates[0] == 0
+    assert rates[15] == pytest.approx(2e-4)
+    assert rates[30] == max(rates) == pytest.approx(4e-4)
+    assert rates[175] == pytest.approx((4e-4 + 1e-6) / 2)
+    assert rates[320] == pytest.approx(1e-6)
+    assert all(a < b for a, b in pairwise(rates[:31]))
+    assert all(a > b for a, b in pairwise(rates[30:]))
+    halfway = cosine_lr(30 + 290 / 3, **schedule)
+    assert halfway == pytest.approx(1e-6 + (4e-4 - 1e-6) * (1 + math.cos(math.pi / 3)) / 2)
+
+
+def test_learning_rate_without_warmup_starts_at_the_peak() -> None:
+    assert cosine_lr(0, total=10, warmup=0, peak=1.0, minimum=0.0) == 1.0
+
+
+def test_weight_decay_takes_matrices_and_tokens_and_spares_vectors() -> None:
+    model = AudioMAE(TINY)
+    optimizer = build_adamw(model, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), device=torch.device("cpu"))
+    decayed, spared = ({id(p) for p in group["params"]} for group in optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    for name, parameter in model.named_parameters():
+        expected = decayed if name.endswith(("cls_token", "mask_token")) or parameter.dim() >= 2 else spared
+        assert id(parameter) in expected, name
+    assert len(decayed) + len(spared) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("mask", "kept"),
+    [("random", 102), ("time", 12 * 8), ("frequency", 1 * 64), ("time_frequency", 12 * 4)],
+)
+def test_masks_of_a_run(mask: str, kept: int) -> None:
+    config = PretrainConfig(mask=mask, mask_ratio=0.8, mask_ratio_frequency=0.5)  # type: ignore[arg-type]
+    assert draw_mask(config, PatchGrid(), torch.arange(3)).ids_keep.shape == (3, kept)
+
+
+@pytest.mark.parametrize("recipe", PRETRAIN_RECIPES)
+def test_recipes_build_and_name_themselves(recipe: str) -> None:
+    config = PRETRAIN_RECIPES[recipe]("paper")
+    assert config.recipe == recipe
+    assert config.variant == "paper"
+
+
+def test_audioset_recipe_has_the_settings_of_the_papers_table_3() -> None:
+    config = pretrain_audioset()
+    assert (config.base_lr, config.peak_lr, config.min_lr) == (2e-4, 4e-4, 1e-6)
+    assert (config.warmup_epochs, config.epochs, config.batch_size) == (3, 32, 512)
+    assert (config.betas, config.weight_decay, config.clip_grad) == ((0.9, 0.95), 1e-4, None)
+    assert (config.mask, config.mask_ratio, config.clip_seconds, config.gain, config.gain_db) == (
+        "random",
+        0.8,
+        10.0,
+        "uniform",
+        6.0,
+    )
+    assert (round(config.mean, 3), round(config.std, 3)) == (-4.268, 4.569)
+    assert config.model == AudioMAEConfig()
+
+
+def test_released_variant_differs_where_the_code_does() -> None:
+    config = pretrain_audioset("released")
+    assert (config.epochs, config.min_lr, config.gain) == (33, 0.0, "beta")
+    assert (config.model.bias_dropout, config.model.position_grid) == (0.1, "official")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 0}, "epochs is 0, expected more than 0"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0, expected at least 0"),
+        ({"clip_grad": 0.0}, "clip_grad is 0.0, expected more than 0"),
+        ({"warmup_epochs": 40.0}, "warmup_epochs is 40.0, expected at most the 32 epochs"),
+        ({"workers": -1}, "workers is -1, expected at least 0"),
+        ({"model": AudioMAEConfig(in_channels=3)}, "model.in_channels is 3, expected 1"),
+    ],
+)
+def test_bad_settings_are_named(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PretrainConfig(**settings)  # type: ignore[arg-type]

@@ -1,0 +1,53 @@
+"""How close a result must come to the truth, and the comparisons that ask for it."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+# The error that a result may have, as a norm over all its values and relative to the truth's: some roundings.
+RELATIVE_ERROR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 4 * 2**-11, torch.bfloat16: 4 * 2**-8}
+
+
+def assert_accurate(what: str, actual: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
+    """Hold ``actual`` to what computing it in ``dtype`` may cost."""
+    assert actual.shape == truth.shape, f"{what} has shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
+    error = (actual.double() - truth.double()).norm().item()
+    bound = RELATIVE_ERROR[dtype] * truth.double().norm().item()
+    assert error <= bound, f"{what} is off by {error:.2e}, the bound is {bound:.2e}"
+
+
+def with_gradients(
+    function: Callable[..., Tensor | tuple[Tensor, ...]], tensors: Mapping[str, Tensor], seed: int = 0
+) -> dict[str, Tensor]:
+    """Outputs, and gradients of all floating ``tensors`` for upstream gradients that depend on ``seed`` alone."""
+    leaves = {name: t.detach().clone().requires_grad_(t.is_floating_point()) for name, t in tensors.items()}
+    outputs = function(**leaves)
+    if isinstance(outputs, Tensor):
+        outputs = (outputs,)
+    generator = torch.Generator().manual_seed(seed)
+    upstream = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
+    inputs = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    if any(output.requires_grad for output in outputs):
+        gradients = torch.autograd.grad(
+            outputs, list(inputs.values()), upstream, allow_unused=True, materialize_grads=True
+        )
+    else:
+        gradients = tuple(torch.zeros_like(leaf) for leaf in inputs.values())
+    return {f"output {i}": output.detach() for i, output in enumerate(outputs)} | {
+        f"gradient of {name}": gradient for name, gradient in zip(inputs, gradients, strict=True)
+    }
+
+
+def assert_same_function(
+    actual: Callable[..., Tensor | tuple[Tensor, ...]],
+    truth: Callable[..., Tensor | tuple[Tensor, ...]],
+    tensors: Mapping[str, Tensor],
+    *,
+    rtol: float = 1e-10,
+    atol: float = 1e-12,
+) -> None:
+    """Compare outputs and, for a random upstream gradient, all gradients, value by value."""
+    results, expected = with_gradients(actual, tensors), with_gradients(truth, tensors)
+    assert results.keys() == expected.keys()
+    torch.testing.assert_close(results, expected, rtol=rtol, atol=atol)
