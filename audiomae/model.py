@@ -241,7 +241,7 @@ class AudioMAE(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, spec: Tensor, output: MAEOutput) -> Tensor:
-        """Put predictions into the removed patches of a spectrogram; visible patches stay as they are.
+        """Put predictions into the removed patches of a spectrogram; visible patches stay as they are where none overlap.
 
         Normalised predictions get back the mean and deviation of the patch that they stand for, as MAE's figures do.
 

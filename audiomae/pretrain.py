@@ -4,9 +4,8 @@
     python -m audiomae.pretrain --recipe pretrain-audioset --data audioset.json
     torchrun --nproc-per-node 8 -m audiomae.pretrain --recipe pretrain-audioset --data audioset.json --fused
 
-``--recipe NAME`` (and ``--variant``, ``--size``) give the settings, every other flag changes one of them; ``--help``
-lists all with the recipe's values. The output folder gets log.jsonl, TensorBoard files, pictures of reconstructions,
-checkpoints and the weights as safetensors.
+--recipe NAME gives the settings, with --variant and --size; every other flag changes one of them. The output folder
+gets log.jsonl, TensorBoard files, pictures of reconstructions, checkpoints, and the weights as safetensors.
 """
 
 import argparse
@@ -28,7 +27,7 @@ from audiomae.frontend import LogMel
 from audiomae.model import AudioMAE
 from audiomae.recipes import PRETRAIN_RECIPES
 from audiomae.training.config import PretrainConfig
-from audiomae.training.distributed import Ranks, join_ranks
+from audiomae.training.distributed import Ranks, is_main_process, join_ranks
 from audiomae.training.logging import NullLog, RunLog
 from audiomae.training.loop import Pretrainer, draw_mask, uses_bf16
 from audiomae.training.optimizer import build_adamw
@@ -53,15 +52,30 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> PretrainConfig:
     config = PRETRAIN_RECIPES[chosen.recipe](chosen.variant)
     if chosen.size is not None:
         config = replace(config, size=chosen.size, model=config.model.resized(chosen.size))
-    return tyro.cli(PretrainConfig, default=config, args=arguments, prog="audiomae.pretrain", description=__doc__)
+    return tyro.cli(
+        PretrainConfig,
+        default=config,
+        args=arguments,
+        prog="python -m audiomae.pretrain",
+        description=__doc__,
+        console_outputs=is_main_process(),
+    )
 
 
-def count_workers(config: PretrainConfig, ranks: Ranks) -> int:
-    """Reading processes of this rank: as set, or what the ranks of this machine leave free, 1 to 8."""
-    if config.workers is not None:
-        return config.workers
-    processors = len(os.sched_getaffinity(0)) // ranks.local_world_size
-    return min(max(processors - 1, 1), 8)
+def share_processors(config: PretrainConfig, ranks: Ranks) -> int:
+    """Divide this rank's processors between reading and, on a CPU, computing; return the number of reading workers.
+
+    A compute thread for every processor besides a reading worker would be one too many: OpenMP's threads wait for
+    each other many times a step, and one that is not running holds up the rest. Two threads on two processors of
+    which another process takes one train the demo at 7 clips/s, a single thread at 61.
+    """
+    processors = max(len(os.sched_getaffinity(0)) // ranks.local_world_size, 1)
+    if ranks.device.type == "cuda":
+        return min(max(processors - 1, 1), 8) if config.workers is None else config.workers
+    workers = min(processors - 1, 1) if config.workers is None else config.workers
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(processors - workers, 1))
+    return workers
 
 
 @dataclass(frozen=True)
@@ -118,7 +132,7 @@ def build(config: PretrainConfig, ranks: Ranks) -> Run:
     dataset = ClipDataset(
         manifest, config.sample_rate, samples, seed=config.seed, gain=config.gain, gain_db=config.gain_db
     )
-    workers = count_workers(config, ranks)
+    workers = share_processors(config, ranks)
     loader = DataLoader(
         dataset,
         batch_sampler=batches,
@@ -201,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with RunLog(config.output_dir) if ranks.main else NullLog() as log:
                 train(config, ranks, run, log)
     except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("RANK", "0") == "0":
+        if is_main_process():
             print(f"audiomae.pretrain: error: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from audiomae.checkpoints.files import NATIVE_CONFIG, NATIVE_METADATA, NATIVE_MODEL, replacing
@@ -30,7 +30,8 @@ def save_weights(path: str | Path, weights: Weights) -> None:
     config, state = _checked(weights)
     metadata = {"format": "pt", NATIVE_METADATA: json.dumps(config.to_dict())}
     with replacing(Path(path)) as temporary:
-        save_file(state, temporary, metadata)
+        # safetensors' own save_file makes a file that only its owner can read.
+        temporary.write_bytes(save(state, metadata))
 
 
 def save_official(path: str | Path, weights: Weights) -> None:

@@ -68,7 +68,7 @@ class PretrainConfig:
     std: float = 4.5689974
     """Their standard deviation."""
     workers: int | None = None
-    """Processes that read clips, for each rank; None: the processors that the ranks leave free, at most 8."""
+    """Processes that read clips, for each rank; None: up to 8 with a GPU, 1 on a CPU, where they take a processor."""
 
     fused: bool = False
     """Take the fastest form at hand of each operator instead of plain PyTorch."""

@@ -44,6 +44,11 @@ class Ranks:
             dist.barrier()
 
 
+def is_main_process() -> bool:
+    """Whether this process speaks for all of them; known before they are joined."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 @contextmanager
 def join_ranks(device: str) -> Iterator[Ranks]:
     """Join the processes that torchrun started, or run as the only one.

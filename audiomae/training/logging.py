@@ -170,14 +170,13 @@ class _ProgressLines:
         self._console = console
         self._total_steps, self._steps_per_epoch, self._epochs = total_steps, steps_per_epoch, epochs
         self._pace = _Pace(total_steps)
-        self._left: float | None = None
         self._start = time.monotonic()
         self._printed_step, self._printed_time = first_step, -math.inf
         self._pending: str | None = None
 
     def step(self, step: int, text: str) -> None:
         now = time.monotonic()
-        times = f"elapsed {_clock(now - self._start)}  ETA {_clock(self._left)}"
+        times = f"elapsed {_clock(now - self._start)}  ETA {_clock(self._pace.advance(step))}"
         epoch = -(-step // self._steps_per_epoch)
         self._pending = f"epoch {epoch}/{self._epochs}  step {step}/{self._total_steps}  {text}  {times}"
         epoch_ended = step // self._steps_per_epoch > self._printed_step // self._steps_per_epoch
@@ -186,7 +185,7 @@ class _ProgressLines:
             self._print()
 
     def advance(self, step: int) -> None:
-        self._left = self._pace.advance(step)
+        self._pace.advance(step)
 
     def close(self) -> None:
         self._print()

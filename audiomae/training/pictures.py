@@ -16,7 +16,7 @@ from audiomae.grid import PatchGrid
 from audiomae.masking import PatchMask
 from audiomae.model import AudioMAE
 
-MAX_LABEL = 24
+MAX_LABEL = 22
 
 
 def reconstruction_figure(
@@ -26,6 +26,7 @@ def reconstruction_figure(
     grid: PatchGrid,
     *,
     names: Sequence[str] | None = None,
+    reconstruction_title: str = "reconstruction",
     sample_rate: int = 16000,
     hop_ms: float = 10.0,
     low_hz: float = 20.0,
@@ -43,6 +44,7 @@ def reconstruction_figure(
         mask: ``(B, L)`` bool, True where a patch is removed.
         grid: The grid of the L patches.
         names: One for each clip.
+        reconstruction_title: What stands above the reconstructions.
         sample_rate: Samples a second.
         hop_ms: Milliseconds from one frame to the next.
         low_hz: Lower edge of the lowest mel filter.
@@ -66,11 +68,12 @@ def reconstruction_figure(
     original, reconstruction = (spec.detach().float().cpu() for spec in (original, reconstruction))
     mask = mask.cpu()
     kept = (~mask).float().mean().item()
-    panels = {
-        "original": original,
-        f"masked input ({kept:.0%} of patches visible)": original.where(covered(~mask, grid), math.nan),
-        "reconstruction": reconstruction.where(covered(torch.ones_like(mask), grid), math.nan),
-    }
+    visible, inside = covered(~mask, grid), covered(torch.ones_like(mask), grid)
+    panels = [
+        ("original", original),
+        (f"masked input ({kept:.0%} of patches visible)", original.where(visible, math.nan)),
+        (reconstruction_title, reconstruction.where(inside, math.nan)),
+    ]
     finite = original[original.isfinite()].numpy()
     darkest, brightest = np.percentile(finite, [0.5, 99.9]) if finite.size else (0.0, 1.0)
     frames, num_mels = grid.spec_size
@@ -86,8 +89,8 @@ def reconstruction_figure(
 
     figure = Figure(figsize=(13, 0.8 + 1.7 * clips), dpi=120, layout="constrained")
     axes = figure.subplots(clips, len(panels), sharex=True, sharey=True, squeeze=False)
-    for column, (title, specs) in zip(axes.T, panels.items(), strict=True):
-        column[0].set_title(title)
+    for column, (title, specs) in zip(axes.T, panels, strict=True):
+        column[0].set_title(title, fontsize="medium")
         column[-1].set_xlabel("time (s)")
         images = [axis.imshow(spec.numpy().T, **style) for axis, spec in zip(column, specs, strict=True)]
     ticks = frequency_ticks(num_mels, low_hz, high_hz or sample_rate / 2)
@@ -115,7 +118,8 @@ def reconstruction_examples(
 ) -> Figure:
     """Let a model reconstruct the first clips of a batch, and draw them in log-mel units.
 
-    The model runs in evaluation mode and is left as it was.
+    The model runs in evaluation mode and is left as it was. If it predicts normalised patches, these get the mean and
+    deviation of the originals, as in MAE's figures; the title says so, for then even an untrained model looks capable.
 
     Args:
         model: The model itself, neither compiled nor wrapped.
@@ -151,6 +155,7 @@ def reconstruction_examples(
         mask.mask,
         model.grid,
         names=None if names is None else names[:max_clips],
+        reconstruction_title=f"reconstruction{' (true patch mean and std)' * model.config.norm_target}",
         sample_rate=sample_rate,
         hop_ms=hop_ms,
         low_hz=low_hz,

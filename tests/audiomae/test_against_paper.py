@@ -28,7 +28,7 @@ from .transcription import (
 FIXED = ("pos_embed", "decoder_pos_embed")
 # The model's dtype: the error allowed relative to the largest true value, and an absolute one for what is truly zero.
 BOUNDS = {torch.float64: (1e-9, 1e-12), torch.float32: (2e-5, 1e-8)}
-LAYER_NORM = partial(torch.nn.LayerNorm, eps=1e-6)
+LAYER_NORM: Any = partial(torch.nn.LayerNorm, eps=1e-6)
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ def test_transcribed_local_block_is_timms(
 ) -> None:
     """Where timm can follow: no padding, whose keys it attends to, and nothing as short as the cosine's eps."""
     generator = torch.Generator().manual_seed(3)
-    block = SwinTransformerV2CrBlock(24, 3, grid, window, norm_layer=LAYER_NORM)
+    block: Any = SwinTransformerV2CrBlock(24, 3, grid, window, norm_layer=LAYER_NORM)
     block.double().eval()
     params = {name: torch.randn(p.shape, generator=generator).double() * 0.3 for name, p in block.named_parameters()}
     tau = torch.tensor([0.005, 0.3, 1.2]).double()

@@ -16,7 +16,6 @@ from audiomae.model import AudioMAE
 
 from .official import (
     WIDTH,
-    State,
     assert_same,
     error_line,
     official_encoder,
@@ -90,6 +89,12 @@ def test_position_layout_is_recognised(tmp_path: Path, layout: str, dtype: torch
     config, loaded = load(tmp_path / "a.pth")
     assert config.position_grid == layout
     assert_same(checkpoints.to_official(loaded), state)
+
+
+def test_position_layouts_of_a_square_grid_are_one(tmp_path: Path):
+    model = AudioMAE(small_config(spec_size=(128, 128), position_grid="official"))
+    path = save_as_official(tmp_path / "a.pth", checkpoints.to_official(model.state_dict()))
+    assert load(path)[0].position_grid == "true"
 
 
 def test_newer_temperature(tmp_path: Path):
@@ -176,14 +181,22 @@ def test_save_replaces_the_whole_file_or_nothing(tmp_path: Path, monkeypatch: py
     save_weights(path, model)
     before = path.read_bytes()
 
-    def fail_half_way(tensors: State, file: Path, metadata: dict[str, str]) -> None:
-        Path(file).write_bytes(before[: len(before) // 2])
+    def fail_half_way(self: Path, content: bytes) -> None:
+        with self.open("wb") as file:
+            file.write(content[: len(content) // 2])
         raise OSError("no space left")
 
-    monkeypatch.setattr("audiomae.checkpoints.saving.save_file", fail_half_way)
+    monkeypatch.setattr(Path, "write_bytes", fail_half_way)
     error_line(lambda: save_weights(path, random_model(small_config())), "no space left", kind=OSError)
     assert os.listdir(tmp_path) == ["a.safetensors"]
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("save", [save_weights, save_official])
+def test_saved_files_have_ordinary_permissions(tmp_path: Path, save: Callable):
+    (tmp_path / "ordinary").touch()
+    save(tmp_path / "a", AudioMAE(small_config()))
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
 
 
 @pytest.mark.parametrize("save", [save_weights, save_official])

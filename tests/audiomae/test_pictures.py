@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -183,8 +185,7 @@ def test_a_saved_figure_is_whole_or_not_there(tmp_path, monkeypatch):
     assert path.read_bytes() != content
 
 
-@pytest.fixture
-def model() -> AudioMAE:
+def small_model(**settings: Any) -> AudioMAE:
     torch.manual_seed(0)
     config = AudioMAEConfig(
         spec_size=(48, 32),
@@ -195,12 +196,14 @@ def model() -> AudioMAE:
         decoder_depth=2,
         decoder_heads=2,
         bias_dropout=0.5,
+        **settings,
     )
     return AudioMAE(config)
 
 
-@pytest.mark.parametrize(("clips", "rows"), [(1, 1), (3, 2)])
-def test_examples_of_a_model(model, clips, rows):
+@pytest.mark.parametrize(("clips", "rows", "norm_target"), [(1, 1, True), (3, 2, True), (2, 2, False)])
+def test_examples_of_a_model(clips, rows, norm_target):
+    model = small_model(norm_target=norm_target)
     generator = torch.Generator().manual_seed(7)
     spec = torch.randn(clips, 1, 48, 32, generator=generator)
     mask = PatchMask.random(torch.arange(clips), model.grid, 0.5)
@@ -212,6 +215,8 @@ def test_examples_of_a_model(model, clips, rows):
     figure = reconstruction_examples(model, spec, mask, mean=mean, std=std, names=names, max_clips=2)
     assert [module.training for module in model.modules()] == modes
     assert [axis.get_ylabel() for axis in panels(figure)[:, 0]] == names[:rows]
+    title = panels(figure)[0, 2].get_title()
+    assert title == ("reconstruction (true patch mean and std)" if norm_target else "reconstruction")
 
     model.eval()
     expected = model.reconstruct(spec, model(spec, mask, return_pred=True))
@@ -226,8 +231,8 @@ def test_examples_of_a_model(model, clips, rows):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_model_that_fails_gets_its_mode_back(model):
-    model.train()
+def test_a_model_that_fails_gets_its_mode_back():
+    model = small_model().train()
     mask = PatchMask.random(torch.arange(2), model.grid, 0.5)
     with pytest.raises(ValueError, match="spec"):
         reconstruction_examples(model, torch.zeros(2, 3, 48, 32), mask, mean=0.0, std=1.0)

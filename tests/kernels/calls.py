@@ -1,12 +1,11 @@
 """One small call of every operator, for what holds for all of them, and the forms that tests can ask for."""
 
-import importlib
 from dataclasses import dataclass, field, replace
-from types import ModuleType
 from typing import Any
 
 import mae_kernels
 import torch
+from mae_kernels.ops import OPERATORS
 from torch import Tensor
 
 
@@ -23,13 +22,9 @@ class Call:
         return replace(self, tensors={n: t.to(dtype) if t.is_floating_point() else t for n, t in self.tensors.items()})
 
 
-def operator_module(operator: str) -> ModuleType:
-    return importlib.import_module(f"mae_kernels.ops.{operator}")
-
-
 def torch_forms(operator: str) -> list[str]:
     """The forms that run on CPU tensors of any dtype."""
-    return [form for form in operator_module(operator).FORMS if form != "triton"]
+    return [form for form in OPERATORS[operator].FORMS if form != "triton"]
 
 
 def shuffled_rows(batch: int, length: int, seed: int = 0) -> Tensor:

@@ -7,9 +7,10 @@ import mae_kernels
 import pytest
 import torch
 from mae_kernels._forms import resolve_form
+from mae_kernels.ops import OPERATORS, resolve_forms
 from torch import Tensor
 
-from .calls import CALLS, operator_module, torch_forms
+from .calls import CALLS, torch_forms
 from .tolerance import assert_accurate, with_gradients
 
 DIFFERENTIABLE = [operator for operator in CALLS if operator != "random_mask"]
@@ -21,7 +22,7 @@ def tensor_arguments(keep: Callable[[Tensor], bool]) -> list[tuple[str, str]]:
 
 
 def test_every_public_operator_is_called_here():
-    assert set(CALLS) == set(mae_kernels.__all__) - {"Impl"}
+    assert set(CALLS) == set(OPERATORS) == set(mae_kernels.__all__) - {"Impl"}
 
 
 @pytest.mark.parametrize("operator", CALLS)
@@ -34,7 +35,7 @@ def test_an_unknown_impl_is_refused(operator):
 @pytest.mark.parametrize("operator", CALLS)
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_a_form_that_an_operator_lacks_is_refused(operator, impl, monkeypatch):
-    module = operator_module(operator)
+    module = OPERATORS[operator]
     monkeypatch.setattr(module, "FORMS", {"reference": module.FORMS["reference"]})
     with pytest.raises(
         NotImplementedError, match=f"^{operator} has no '{impl}' form in this version, only 'reference'"
@@ -61,6 +62,13 @@ def test_auto_takes_triton_on_gpus_and_the_torch_form_elsewhere(forms, device_ty
     assert resolve_form("operator", table, "auto", device_type=device_type, dtype=dtype) == expected
     for form in forms:
         assert resolve_form("operator", table, form, device_type=device_type, dtype=dtype) == form
+
+
+def test_the_forms_of_all_operators_are_listed():
+    assert resolve_forms("reference", "cuda", torch.bfloat16) == dict.fromkeys(OPERATORS, "reference")
+    assert resolve_forms("auto", "cpu", torch.float32).keys() == OPERATORS.keys()
+    with pytest.raises(ValueError, match=r"^impl is 'fast', expected one of"):
+        resolve_forms("fast", "cpu", torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ from mae_kernels import random_mask
 from torch import Tensor
 
 from .calls import CALLS, torch_forms
+from .tolerance import SIGMAS, assert_binomial
 
 FORMS = torch_forms("random_mask")
 SEEDS = [0, 1, 2024, -1, -(2**63), 2**63 - 1, 2**32, -(2**32)]
-SIGMAS = 5
 
 # Kept, then removed positions of 16, by seed. They are part of the operator's meaning: a run that is resumed or
 # repeated under another version must see the same masks.
@@ -44,12 +44,6 @@ def shuffle(seed: int, length: int) -> list[int]:
 def removed(seeds: Tensor, length: int, keep: int) -> Tensor:
     """``(B, length)`` float64, 1 where removed."""
     return random_mask(seeds, length, keep)[3].double()
-
-
-def assert_binomial(count: Tensor, trials: int, probability: float) -> None:
-    deviation = math.sqrt(trials * probability * (1 - probability))
-    sigmas = ((count - trials * probability) / deviation).abs().max().item()
-    assert sigmas < SIGMAS, f"{sigmas:.1f} standard deviations from {trials * probability:.1f} of {trials}"
 
 
 @pytest.mark.parametrize("impl", FORMS)

@@ -1,5 +1,6 @@
 """How close a result must come to the truth, and the comparisons that ask for it."""
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -7,6 +8,16 @@ from torch import Tensor
 
 # The error that a result may have, as a norm over all its values and relative to the truth's: some roundings.
 RELATIVE_ERROR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 4 * 2**-11, torch.bfloat16: 4 * 2**-8}
+
+SIGMAS = 5
+"""Standard deviations by which a count may miss its mean: one in 1.7 million draws misses by more."""
+
+
+def assert_binomial(count: Tensor, trials: int, probability: float) -> None:
+    """Hold counts of independent draws to their mean."""
+    deviation = math.sqrt(trials * probability * (1 - probability))
+    sigmas = ((count - trials * probability) / deviation).abs().max().item()
+    assert sigmas < SIGMAS, f"{sigmas:.1f} standard deviations from {trials * probability:.1f} of {trials}"
 
 
 def assert_accurate(what: str, actual: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
