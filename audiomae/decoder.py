@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from mae_kernels import layer_norm_add, restore_tokens, window_attention
-from mae_kernels.ops.window_attention import attend, window_mask, window_merge, window_partition
+from mae_kernels.ops.window_attention import attend, padded_grid, window_mask, window_merge, window_partition
 from torch import Tensor, nn
 
 from audiomae.encoder import LAYER_NORM_EPS, Block, Mlp, run_blocks
@@ -69,7 +69,7 @@ class WindowAttention(nn.Module):
         impl: Form of the operators.
 
     Raises:
-        ValueError: The heads do not divide the width.
+        ValueError: The heads do not divide the width, or the shift is as large as the padded grid.
     """
 
     def __init__(
@@ -90,6 +90,9 @@ class WindowAttention(nn.Module):
         self.grid = grid
         self.window = (min(grid[0], window[0]), min(grid[1], window[1]))
         self.shift = (shift[0] if grid[0] > window[0] else 0, shift[1] if grid[1] > window[1] else 0)
+        padded = padded_grid(grid, self.window)
+        if self.shift[0] >= padded[0] or self.shift[1] >= padded[1]:
+            raise ValueError(f"shift is {shift}, expected less than the padded token grid {padded} along each axis")
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.meta_mlp = MetaMlp(self.window, num_heads, bias_dropout)

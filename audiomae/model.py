@@ -60,6 +60,19 @@ class AudioMAEConfig:
     position_grid: Literal["true", "official"] = "true"
     norm_target: bool = True
 
+    def __post_init__(self) -> None:
+        """Check what is true of single settings; sizes are checked against each other where they meet."""
+        counts = ("in_channels", "embed_dim", "depth", "num_heads", "mlp_ratio", "decoder_dim", "decoder_heads")
+        for name in (*counts, "decoder_depth"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}, expected more than 0")
+        if not 0 <= self.bias_dropout < 1:
+            raise ValueError(f"bias_dropout is {self.bias_dropout}, expected 0 up to but not 1")
+        for axis, window, shift in zip(("time", "frequency"), self.window, self.shift, strict=True):
+            if window < 1 or shift < 0:
+                raise ValueError(f"window and shift are {window} and {shift} in {axis}, expected at least 1 and 0")
+
     @classmethod
     def from_size(cls, size: str, **settings: Any) -> "AudioMAEConfig":
         """Take the encoder of a published size: tiny, small, base, large or huge.
@@ -241,9 +254,10 @@ class AudioMAE(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, spec: Tensor, output: MAEOutput) -> Tensor:
-        """Put predictions into the removed patches of a spectrogram; visible patches stay as they are where none overlap.
+        """Put predictions into the removed patches of a spectrogram; what no removed patch covers stays as it is.
 
-        Normalised predictions get back the mean and deviation of the patch that they stand for, as MAE's figures do.
+        Where patches overlap, the mean of all that cover a value is taken. Normalised predictions get back the mean
+        and deviation of the patch that they stand for, as MAE's figures do.
 
         Args:
             spec: The input ``(B, in_channels, frames, mel bins)``.
@@ -261,4 +275,6 @@ class AudioMAE(nn.Module):
         if self.config.norm_target:
             variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
             pred = pred * (variance + TARGET_EPS).sqrt() + mean
-        return self.grid.unpatchify(torch.where(output.mask[..., None], pred, patches))
+        restored = self.grid.unpatchify(torch.where(output.mask[..., None], pred, patches))
+        removed = self.grid.unpatchify(output.mask[..., None].to(spec.dtype).expand_as(patches)) > 0
+        return torch.where(removed, restored, spec)

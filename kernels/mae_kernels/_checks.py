@@ -12,8 +12,8 @@ def check_shapes(operator: str, **arguments: tuple[Tensor | None, str]) -> dict[
     Args:
         operator: Name that starts the error line.
         **arguments: Argument name to ``(tensor, dims)``, where ``dims`` names each axis, as in ``"B K"``. A name
-            binds to the size of its first occurrence and must have that size wherever it comes again. ``None`` is
-            skipped.
+            binds to the size of its first occurrence and must have that size wherever it comes again. Where
+            ``dims`` starts with ``?``, as in ``"? D"``, the argument may be None.
 
     Raises:
         TypeError: An argument is no tensor.
@@ -21,7 +21,8 @@ def check_shapes(operator: str, **arguments: tuple[Tensor | None, str]) -> dict[
     """
     sizes: dict[str, int] = {}
     for argument, (tensor, dims) in arguments.items():
-        if tensor is None:
+        optional, dims = dims.startswith("? "), dims.removeprefix("? ")
+        if tensor is None and optional:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{operator}: {argument} is a {type(tensor).__name__}, expected a tensor ({dims})")
@@ -50,7 +51,11 @@ def check_devices(operator: str, **arguments: Tensor | None) -> None:
 def check_floating(operator: str, **arguments: Tensor | None) -> None:
     """Raise TypeError unless all tensors are floating point."""
     for name, tensor in arguments.items():
-        if tensor is not None and not tensor.is_floating_point():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{operator}: {name} is a {type(tensor).__name__}, expected a tensor")
+        if not tensor.is_floating_point():
             raise TypeError(f"{operator}: {name} has dtype {tensor.dtype}, expected a floating point dtype")
 
 
@@ -70,7 +75,7 @@ def pair(operator: str, argument: str, value: int | Sequence[int], *, minimum: i
     Raises:
         ValueError: Not one or two ints, or one below ``minimum``.
     """
-    values = (value, value) if isinstance(value, int) else tuple(value)
-    if len(values) != 2 or not all(isinstance(v, int) and v >= minimum for v in values):
+    values = tuple(value) if isinstance(value, Sequence) else (value, value)
+    if len(values) != 2 or not all(type(v) is int and v >= minimum for v in values):
         raise ValueError(f"{operator}: {argument} is {value}, expected one or two ints of at least {minimum}")
     return values[0], values[1]

@@ -35,9 +35,8 @@ def unpatchify(
 
     Where patches overlap, their mean is taken; a margin that no patch covers is 0.
     """
-    batch, length, _ = patches.shape
-    columns = patches.view(batch, length, patch_size[0] * patch_size[1], -1).permute(0, 3, 2, 1).flatten(1, 2)
+    columns = patches.unflatten(2, (patch_size[0] * patch_size[1], -1)).permute(0, 3, 2, 1).flatten(1, 2)
     fold = {"output_size": image_size, "kernel_size": patch_size, "stride": stride}
     total = torch.nn.functional.fold(columns, **fold)
-    covers = torch.nn.functional.fold(columns.new_ones(1, patch_size[0] * patch_size[1], length), **fold)
+    covers = torch.nn.functional.fold(columns.new_ones(1, patch_size[0] * patch_size[1], patches.shape[1]), **fold)
     return total / covers.clamp(min=1)

@@ -327,3 +327,33 @@ def test_the_published_sizes(size, sizes):
 def test_an_unknown_size_is_refused():
     with pytest.raises(ValueError, match=r"^size is 'giant', expected one of tiny, small, base, large, huge$"):
         AudioMAEConfig.from_size("giant")
+
+
+def test_reconstruct_leaves_the_margin_that_no_patch_covers():
+    config = replace(SMALL, spec_size=(64, 32), patch_size=(8, 8), patch_stride=(5, 6))
+    model, spec = model_of(config), 1 + spec_of(config)
+    restored = model.reconstruct(spec, model(spec, seeds=SEEDS, return_pred=True))
+    assert config.grid.shape == (12, 5)
+    torch.testing.assert_close(restored[:, :, 63:], spec[:, :, 63:], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"depth": -1}, "depth is -1, expected more than 0"),
+        ({"decoder_depth": 0}, "decoder_depth is 0, expected more than 0"),
+        ({"in_channels": 0}, "in_channels is 0, expected more than 0"),
+        ({"mlp_ratio": 0.0}, "mlp_ratio is 0.0, expected more than 0"),
+        ({"bias_dropout": 1.0}, "bias_dropout is 1.0, expected 0 up to but not 1"),
+        ({"window": (0, 4)}, "window and shift are 0 and 2 in time, expected at least 1 and 0"),
+        ({"shift": (2, -1)}, "window and shift are 4 and -1 in frequency, expected at least 1 and 0"),
+    ],
+)
+def test_settings_out_of_range_are_named(settings, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        AudioMAEConfig(**settings)
+
+
+def test_a_shift_beyond_the_grid_is_refused_at_construction():
+    with pytest.raises(ValueError, match=r"^shift is \(64, 0\), expected less than the padded token grid \(64, 8\)"):
+        AudioMAE(AudioMAEConfig.from_size("tiny", shift=(64, 0)))

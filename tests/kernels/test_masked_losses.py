@@ -214,3 +214,8 @@ def test_a_batch_of_no_clips_is_refused_rather_than_nan(operator):
 def test_an_image_smaller_than_a_patch_is_refused(operator):
     with pytest.raises(ValueError, match=r"an image of \(2, 9\) is smaller than one patch of \(3, 3\)$"):
         CALLS[operator](image=torch.zeros(2, 2, 2, 9))
+
+
+def test_normalising_patches_of_one_value_is_refused():
+    with pytest.raises(ValueError, match=r"^masked_mse: a patch has 1 value, expected at least 2"):
+        masked_mse(torch.zeros(1, 4, 1), torch.zeros(1, 1, 2, 2), torch.tensor([[0, 1]]), patch_size=1)

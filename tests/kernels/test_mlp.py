@@ -65,3 +65,8 @@ def test_wrong_arguments_are_refused(changes, message):
 def test_what_is_no_tensor_is_refused():
     with pytest.raises(TypeError, match=r"^mlp: fc1_bias is a list, expected a tensor \(H\)$"):
         CALLS["mlp"](fc1_bias=[0.0] * 16)
+
+
+def test_a_bias_is_required():
+    with pytest.raises(TypeError, match=r"^mlp: fc1_bias is a NoneType, expected a tensor \(H\)$"):
+        CALLS["mlp"](fc1_bias=None)

@@ -223,7 +223,7 @@ def test_equals_timm(name, grid, window, shift, impl):
         ({"window": 0}, r"window is 0, expected one or two ints of at least 1"),
         ({"window": (2, 2.0)}, r"window is \(2, 2\.0\), expected one or two ints of at least 1"),
         ({"shift": -1}, r"shift is -1, expected one or two ints of at least 0"),
-        ({"shift": (0, 2)}, r"shift is \(0, 2\), expected less than the window \(2, 2\) along each axis"),
+        ({"shift": (0, 4)}, r"shift is \(0, 4\), expected less than the padded grid \(6, 4\) along each axis"),
         ({"bias": torch.zeros(4, 4)}, r"bias has shape \(4, 4\), expected \(2, 4, 4\)"),
         ({"bias": torch.zeros(1, 4, 4)}, r"bias has shape \(1, 4, 4\), expected \(2, 4, 4\)"),
         ({"scale": torch.ones(3)}, r"scale has shape \(3,\), expected \(2,\) or a number"),

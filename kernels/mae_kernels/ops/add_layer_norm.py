@@ -27,6 +27,7 @@ def check_norm_arguments(
     operator: str, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, branch_scale: Tensor | None
 ) -> None:
     """Raise what ``add_layer_norm`` and ``layer_norm_add`` document."""
+    check_floating(operator, x=x, residual=residual, weight=weight, bias=bias, branch_scale=branch_scale)
     dim = x.shape[-1:]
     expected = {"residual": (residual, x.shape), "weight": (weight, dim), "bias": (bias, dim)}
     if branch_scale is not None:
@@ -36,7 +37,6 @@ def check_norm_arguments(
             raise ValueError(
                 f"{operator}: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)} for x {tuple(x.shape)}"
             )
-    check_floating(operator, x=x, residual=residual, weight=weight, bias=bias, branch_scale=branch_scale)
     check_devices(operator, x=x, residual=residual, weight=weight, bias=bias, branch_scale=branch_scale)
 
 

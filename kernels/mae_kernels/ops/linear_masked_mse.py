@@ -60,7 +60,7 @@ def linear_masked_mse(
         weight: ``(C * ph * pw, D)``, rows in the order of :func:`mae_kernels.patches.patchify`.
         bias: ``(C * ph * pw,)`` or None.
         image: ``(B, C, H, W)``.
-        ids_removed: ``(B, R)`` int64 patch ids, at least one a row.
+        ids_removed: ``(B, R)`` int64 patch ids, at least one a row and each once.
         patch_size: One int or ``(ph, pw)``.
         stride: Step between patches; by default the patch size.
         normalize: Normalise each target patch by its own mean and unbiased variance.
@@ -80,14 +80,14 @@ def linear_masked_mse(
         operator,
         hidden=(hidden, "B L D"),
         weight=(weight, "P D"),
-        bias=(bias, "P"),
+        bias=(bias, "? P"),
         image=(image, "B C H W"),
         ids_removed=(ids_removed, "B R"),
     )
     check_floating(operator, hidden=hidden, weight=weight, bias=bias, image=image)
     check_devices(operator, hidden=hidden, weight=weight, bias=bias, image=image, ids_removed=ids_removed)
     patch_size, stride = check_loss_arguments(
-        operator, image, ids_removed, sizes["L"], sizes["P"], patch_size, stride, check
+        operator, image, ids_removed, sizes["L"], sizes["P"], patch_size, stride, normalize, check
     )
     form = select(operator, FORMS, impl, hidden)
     return form(hidden, weight, bias, image, ids_removed, patch_size, stride, normalize, eps)

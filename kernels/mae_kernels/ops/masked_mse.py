@@ -59,6 +59,7 @@ def check_loss_arguments(
     values: int,
     patch_size: int | Sequence[int],
     stride: int | Sequence[int] | None,
+    normalize: bool,
     check: bool,
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """Check what ``masked_mse`` and ``linear_masked_mse`` share; return patch size and stride as pairs.
@@ -71,6 +72,7 @@ def check_loss_arguments(
         values: Values predicted for a patch.
         patch_size: One int or ``(ph, pw)``.
         stride: One int, ``(sh, sw)`` or None, which is the patch size.
+        normalize: The targets are normalised.
         check: Range-check the ids, which waits for the device.
 
     Raises:
@@ -86,6 +88,8 @@ def check_loss_arguments(
             f"{operator}: {length} patches of {values} values are predicted, expected {rows * columns} of "
             f"{channels * patch_size[0] * patch_size[1]} for an image of {tuple(image.shape)}"
         )
+    if normalize and values == 1:
+        raise ValueError(f"{operator}: a patch has 1 value, expected at least 2 to normalise by their variance")
     if ids_removed.numel() == 0:
         raise ValueError(
             f"{operator}: ids_removed has shape {tuple(ids_removed.shape)}, expected at least one removed patch"
@@ -112,7 +116,7 @@ def masked_mse(
         pred: ``(B, L, C * ph * pw)``; rows of visible patches do not count. Values in the order of
             :func:`mae_kernels.patches.patchify`.
         image: ``(B, C, H, W)``.
-        ids_removed: ``(B, R)`` int64 patch ids, at least one a row.
+        ids_removed: ``(B, R)`` int64 patch ids, at least one a row and each once.
         patch_size: One int or ``(ph, pw)``.
         stride: Step between patches; by default the patch size.
         normalize: Normalise each target patch by its own mean and unbiased variance.
@@ -131,6 +135,6 @@ def masked_mse(
     check_floating("masked_mse", pred=pred, image=image)
     check_devices("masked_mse", pred=pred, image=image, ids_removed=ids_removed)
     patch_size, stride = check_loss_arguments(
-        "masked_mse", image, ids_removed, sizes["L"], sizes["P"], patch_size, stride, check
+        "masked_mse", image, ids_removed, sizes["L"], sizes["P"], patch_size, stride, normalize, check
     )
     return select("masked_mse", FORMS, impl, pred)(pred, image, ids_removed, patch_size, stride, normalize, eps)

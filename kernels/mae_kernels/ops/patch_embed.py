@@ -86,8 +86,10 @@ def patch_embed(
         image=(image, "B C H W"),
         ids_keep=(ids_keep, "B K"),
         weight=(weight, "D C ph pw"),
-        bias=(bias, "D"),
+        bias=(bias, "? D"),
     )
+    floating = {"image": image, "weight": weight, "bias": bias, "position": position, "cls_token": cls_token}
+    check_floating("patch_embed", **floating)
     dim, patch_size = sizes["D"], (sizes["ph"], sizes["pw"])
     stride = patch_size if stride is None else pair("patch_embed", "stride", stride, minimum=1)
     if stride[0] > patch_size[0] or stride[1] > patch_size[1]:
@@ -97,8 +99,6 @@ def patch_embed(
     check_position("patch_embed", position, length, dim, has_cls=cls_token is not None)
     if cls_token is not None and cls_token.numel() != dim:
         raise ValueError(f"patch_embed: cls_token has shape {tuple(cls_token.shape)}, expected D = {dim} values")
-    floating = {"image": image, "weight": weight, "bias": bias, "position": position, "cls_token": cls_token}
-    check_floating("patch_embed", **floating)
     check_devices("patch_embed", **floating, ids_keep=ids_keep)
     check_ids("patch_embed", "ids_keep", ids_keep, length, values=check)
     return select("patch_embed", FORMS, impl, image)(image, ids_keep, weight, bias, position, cls_token, stride)

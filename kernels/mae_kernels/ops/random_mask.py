@@ -78,6 +78,6 @@ def random_mask(seeds: Tensor, length: int, keep: int, *, impl: str = "auto") ->
     check_shapes("random_mask", seeds=(seeds, "B"))
     if seeds.dtype != torch.int64:
         raise TypeError(f"random_mask: seeds has dtype {seeds.dtype}, expected torch.int64")
-    if not 0 <= keep <= length:
+    if type(keep) is not int or not 0 <= keep <= length:
         raise ValueError(f"random_mask: keep is {keep}, expected 0 to length = {length}")
     return select("random_mask", FORMS, impl, seeds)(seeds, length, keep)

@@ -76,10 +76,10 @@ def restore_tokens(
         raise ValueError(f"restore_tokens: tokens holds {visible} visible tokens, expected 0 to L = {length}")
     if keep_cls and not has_cls:
         raise ValueError("restore_tokens: keep_cls is True with has_cls False, expected tokens with a class token")
+    check_floating("restore_tokens", tokens=tokens, mask_token=mask_token, position=position)
     if mask_token.numel() != dim:
         raise ValueError(f"restore_tokens: mask_token has shape {tuple(mask_token.shape)}, expected D = {dim} values")
     check_position("restore_tokens", position, length, dim, has_cls=has_cls)
-    check_floating("restore_tokens", tokens=tokens, mask_token=mask_token, position=position)
     check_devices("restore_tokens", tokens=tokens, ids_restore=ids_restore, mask_token=mask_token, position=position)
     check_ids("restore_tokens", "ids_restore", ids_restore, length, values=check)
     return select("restore_tokens", FORMS, impl, tokens)(tokens, ids_restore, mask_token, position, has_cls, keep_cls)

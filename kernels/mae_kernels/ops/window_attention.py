@@ -29,6 +29,12 @@ SEAM = -100.0
 """Added to the logit of two tokens from different sides of the seam, as in published Swin code."""
 
 
+def padded_grid(grid: tuple[int, int], window: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of a grid that is padded to multiples of the window."""
+    rows, columns = (math.ceil(size / side) * side for size, side in zip(grid, window, strict=True))
+    return rows, columns
+
+
 def window_partition(x: Tensor, window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
     """Pad, shift and cut ``x (B, rows, columns, ...)`` into windows ``(B, number of windows, A, ...)``."""
     rows, columns = x.shape[1:3]
@@ -43,8 +49,14 @@ def window_partition(x: Tensor, window: tuple[int, int], shift: tuple[int, int])
 
 def window_merge(x: Tensor, grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
     """Undo :func:`window_partition`: windows ``(B, number of windows, A, C)`` to ``(B, rows, columns, C)``."""
-    rows, columns = (math.ceil(size / side) for size, side in zip(grid, window, strict=True))
-    x = x.unflatten(1, (rows, columns)).unflatten(3, window).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    rows, columns = padded_grid(grid, window)
+    x = (
+        x.unflatten(1, (rows // window[0], columns // window[1]))
+        .unflatten(3, window)
+        .transpose(2, 3)
+        .flatten(3, 4)
+        .flatten(1, 2)
+    )
     if any(shift):
         x = x.roll(shift, dims=(1, 2))
     return x[:, : grid[0], : grid[1]]
@@ -54,8 +66,8 @@ def window_mask(
     grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], *, device: torch.device, dtype: torch.dtype
 ) -> Tensor | None:
     """Additive mask ``(number of windows, A, A)`` of the seam and the padding; None where there is neither."""
-    padded = [math.ceil(size / side) * side for size, side in zip(grid, window, strict=True)]
-    if tuple(padded) == grid and not any(shift):
+    padded = padded_grid(grid, window)
+    if padded == grid and not any(shift):
         return None
     rows, columns = (torch.arange(size, device=device) for size in padded)
     # After the shift, the last `shift` places of an axis hold the tokens that came round from its start.
@@ -155,7 +167,7 @@ def window_attention(
         grid: ``(rows, columns)`` of the tokens, with ``rows * columns = L``. A grid that the window does not divide is
             padded at its ends, and the padding gets no attention.
         window: Tokens a window along each axis; A is their product.
-        shift: Cyclic shift towards the origin, 0 to ``window - 1`` along each axis.
+        shift: Cyclic shift towards the origin along each axis, less than the padded grid.
         bias: ``(heads, A, A)``, query by key, added to the logits.
         scale: ``(heads,)`` or a number that multiplies the products; by default d^-1/2, and 1 with ``cosine``.
         cosine: Divide the products by the norms of query and key.
@@ -174,14 +186,15 @@ def window_attention(
     rows, columns = pair(operator, "grid", grid, minimum=1)
     if rows * columns != sizes["L"]:
         raise ValueError(f"{operator}: grid is {(rows, columns)}, expected a product of L = {sizes['L']} tokens")
-    if num_heads < 1 or sizes["3C"] % (3 * num_heads):
+    if type(num_heads) is not int or num_heads < 1 or sizes["3C"] < 3 or sizes["3C"] % (3 * num_heads):
         raise ValueError(
             f"{operator}: qkv has {sizes['3C']} channels, expected a multiple of 3 x num_heads = {num_heads}"
         )
     window = pair(operator, "window", window, minimum=1)
     shift = pair(operator, "shift", shift, minimum=0)
-    if shift[0] >= window[0] or shift[1] >= window[1]:
-        raise ValueError(f"{operator}: shift is {shift}, expected less than the window {window} along each axis")
+    padded = padded_grid((rows, columns), window)
+    if shift[0] >= padded[0] or shift[1] >= padded[1]:
+        raise ValueError(f"{operator}: shift is {shift}, expected less than the padded grid {padded} along each axis")
     area = window[0] * window[1]
     if bias is not None and bias.shape != (num_heads, area, area):
         raise ValueError(f"{operator}: bias has shape {tuple(bias.shape)}, expected {(num_heads, area, area)}")
