@@ -11,7 +11,7 @@ ENERGY_FLOOR = torch.finfo(torch.float32).eps
 
 
 class LogMel(nn.Module):
-    """Log-mel spectrograms of a batch of waveforms: Kaldi's `compute-fbank-feats` after removing each clip's mean.
+    """Log-mel spectrograms of a batch of waveforms: Kaldi's ``compute-fbank-feats`` after removing each clip's mean.
 
     Frames lie wholly inside the clip. Each loses its own mean, is pre-emphasised, x[i] - 0.97 x[i-1], and multiplied by
     a symmetric Hann window; triangular filters, equally spaced in mel = 1127 ln(1 + Hz / 700), sum its power spectrum,
@@ -21,7 +21,8 @@ class LogMel(nn.Module):
     Rounding grows to 1e-3 and more where a filter holds much less energy than its neighbours. The operations and their
     order are therefore torchaudio's: eagerly on the CPU the spectra are equal to the bit, elsewhere alike in accuracy.
 
-    With `mean` and `std` the result is (log-mel - mean) / (2 std), as in AST and Audio-MAE; padding is 0 before that.
+    With ``mean`` and ``std`` the result is (log-mel - mean) / (2 std), as in AST and Audio-MAE; padding is 0 before
+    that.
 
     Args:
         sample_rate: samples a second.
@@ -34,7 +35,7 @@ class LogMel(nn.Module):
         std: its standard deviation.
 
     Raises:
-        ValueError: an argument is out of range, or `mean` and `std` are not given together.
+        ValueError: an argument is out of range, or ``mean`` and ``std`` are not given together.
     """
 
     window: Tensor
@@ -83,14 +84,14 @@ class LogMel(nn.Module):
         self.register_buffer("window", self._window(torch.float32), persistent=False)
 
     def num_frames(self, samples: int) -> int:
-        """Frames that a clip of `samples` samples gives."""
+        """Frames that a clip of ``samples`` samples gives."""
         return max(0, (samples - self.window_size) // self.hop_size + 1)
 
     def num_samples(self, frames: int) -> int:
-        """The fewest samples that give `frames` frames.
+        """The fewest samples that give ``frames`` frames.
 
         Raises:
-            ValueError: `frames` is negative.
+            ValueError: ``frames`` is negative.
         """
         if frames < 0:
             raise ValueError(f"frames must not be negative, got {frames}")
@@ -103,14 +104,14 @@ class LogMel(nn.Module):
 
         Args:
             waveform: (B, samples), float32 or float64.
-            target_frames: T, reached by cropping or padding at the end; None is as many as `samples` gives.
+            target_frames: T, reached by cropping or padding at the end; None is as many as ``samples`` gives.
             lengths: (B,), int32 or int64: each clip's own samples in a batch that is padded on the right, with
                 anything. A clip gives what it would give alone, and padding for the rest of its frames. The values
                 are checked on the CPU in eager mode only, because elsewhere a check would wait for the device.
 
         Raises:
-            TypeError: `waveform` is neither float32 nor float64, or `lengths` neither int32 nor int64.
-            ValueError: a wrong shape, `target_frames` below 1, or a length outside [0, samples].
+            TypeError: ``waveform`` is neither float32 nor float64, or ``lengths`` neither int32 nor int64.
+            ValueError: a wrong shape, ``target_frames`` below 1, or a length outside [0, samples].
         """
         self._check(waveform, target_frames, lengths)
         batch, samples = waveform.shape
@@ -211,7 +212,7 @@ def _nonzero_bands(filters: Tensor) -> list[tuple[slice, slice]]:
 
 
 def _prefix_mask(counts: Tensor, size: int) -> Tensor:
-    """(B,) counts -> (B, size), True in the first `counts[b]` places of row b."""
+    """(B,) counts -> (B, size), True in the first ``counts[b]`` places of row b."""
     return torch.arange(size, device=counts.device) < counts[:, None]
 
 

@@ -27,7 +27,7 @@ def clip_seed(seed: int, epoch: int, clip: int, purpose: str) -> int:
 
     Args:
         seed: Seed of the run.
-        epoch: Number of the visit: the first element of the pairs that `ClipBatches` yields.
+        epoch: Number of the visit: the first element of the pairs that ``ClipBatches`` yields.
         clip: Index of the clip in its manifest.
         purpose: Name of the draw, at most 16 bytes.
 
@@ -38,7 +38,7 @@ def clip_seed(seed: int, epoch: int, clip: int, purpose: str) -> int:
 
 
 def clip_generator(seed: int, epoch: int, clip: int, purpose: str) -> np.random.Generator:
-    """Generator for one purpose on one visit of one clip; arguments and errors as in `clip_seed`."""
+    """Generator for one purpose on one visit of one clip; arguments and errors as in ``clip_seed``."""
     return np.random.Generator(np.random.PCG64(clip_seed(seed, epoch, clip, purpose)))
 
 
@@ -52,10 +52,10 @@ def mask_seeds(seed: int, pairs: torch.Tensor) -> torch.Tensor:
 
     Args:
         seed: Seed of the run.
-        pairs: (B, 2) int64 on the CPU, the (epoch, clip) of each row, as batches of a `ClipDataset` carry them.
+        pairs: (B, 2) int64 on the CPU, the (epoch, clip) of each row, as batches of a ``ClipDataset`` carry them.
 
     Returns:
-        (B,) int64 on the CPU, for `PatchMask.random` and its siblings.
+        (B,) int64 on the CPU, for ``PatchMask.random`` and its siblings.
 
     Raises:
         ValueError: For pairs of another shape or type.

@@ -1,4 +1,4 @@
-"""`LogMel` on a batch against torchaudio clip by clip, in pairs that take turns: `pytest bench/test_frontend.py`."""
+"""``LogMel`` on a batch against torchaudio clip by clip, in pairs that take turns: ``pytest bench/test_frontend.py``."""
 
 import statistics
 import time

@@ -96,7 +96,7 @@ def _decode_next(file: sf.SoundFile, count: int) -> np.ndarray:
     samples = file.read(count, dtype="float32", always_2d=True)
     if file.channels == 1:
         return samples[:, 0]
-    # For stereo, adding columns takes a tenth of the time that `samples.mean(axis=1)` takes.
+    # For stereo, adding columns takes a tenth of the time that ``samples.mean(axis=1)`` takes.
     return reduce(np.add, samples.T) / np.float32(file.channels)
 
 
@@ -114,7 +114,7 @@ def read_waveform(
         path: Any file that libsndfile reads (WAV, FLAC, Ogg Vorbis, Opus, MP3, AIFF, ...).
         sample_rate: Sample rate of the result, Hz.
         start: Where to start, seconds.
-        duration: How much to read, seconds; less comes back where the clip ends earlier. `None` reads to the end.
+        duration: How much to read, seconds; less comes back where the clip ends earlier. ``None`` reads to the end.
 
     Returns:
         (samples,) float32; integer formats in [-1, 1).
@@ -140,7 +140,7 @@ def read_waveform(
 
 
 def _read_cyclic(clip: _Clip, start: int, samples: int) -> torch.Tensor:
-    """(samples,) from `start` on, going round to the clip's beginning as often as it takes."""
+    """(samples,) from ``start`` on, going round to the clip's beginning as often as it takes."""
     if clip.length <= samples:
         whole = clip.read(0, clip.length).roll(-start)
         return whole if clip.length == samples else whole.repeat(-(-samples // clip.length))[:samples]
@@ -153,9 +153,9 @@ def _read_cyclic(clip: _Clip, start: int, samples: int) -> torch.Tensor:
 class ClipDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     """Random crops of clips with a random gain, as in Audio-MAE's pre-training (arXiv 2207.06405).
 
-    `dataset[epoch, clip]` gives (waveform (samples,) float32, pair (2,) int64 that holds the epoch and the clip), drawn
-    from the seed, the epoch and the clip alone: any number of workers or ranks gives the same samples. Batches of
-    `ClipBatches` collate to (B, samples) and (B, 2):
+    ``dataset[epoch, clip]`` gives (waveform (samples,) float32, pair (2,) int64 that holds the epoch and the clip),
+    drawn from the seed, the epoch and the clip alone: any number of workers or ranks gives the same samples. Batches
+    of ``ClipBatches`` collate to (B, samples) and (B, 2):
 
         batches = ClipBatches(len(manifest), batch_size=512)
         loader = DataLoader(ClipDataset(manifest, samples=160_000), batch_sampler=batches, num_workers=8)
@@ -163,7 +163,7 @@ class ClipDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     Args:
         manifest: The clips.
         sample_rate: Sample rate of the waveforms, Hz.
-        samples: Length of the crop, samples at `sample_rate`; 10 s by default. Shorter clips repeat themselves.
+        samples: Length of the crop, samples at ``sample_rate``; 10 s by default. Shorter clips repeat themselves.
         seed: Seed of the run.
         gain_db: The waveform is multiplied by a gain uniform in [-gain_db, gain_db] decibels; 0 leaves it as it is.
             Nothing is clipped.

@@ -76,7 +76,7 @@ class Manifest:
         return len(self._paths)
 
     def path(self, clip: int) -> str:
-        """Path of a clip, `root` included."""
+        """Path of a clip, ``root`` included."""
         return os.path.join(self.root, self._paths[clip])
 
     def labels(self, clip: int) -> tuple[str, ...]:
@@ -95,12 +95,12 @@ def audio_extensions() -> tuple[str, ...]:
 def read_manifest(source: str | Path | None = None) -> Manifest:
     """Read the list of clips from one of these; no clip is opened or looked for.
 
-    - `None`: the demo clips that come with the package.
+    - ``None``: the demo clips that come with the package.
     - A folder: all audio files in it and its sub-folders, by extension, sorted by path; hidden ones are skipped. No
       labels.
-    - A `.csv`: a header with a column `path`, `file`, `filename` or `wav`, and, where clips have labels, `label` (one,
-      as it stands) or `labels` (separated by commas). Relative paths start from the CSV's folder.
-    - A `.json` of AST or Audio-MAE: `{"data": [{"wav": path, "labels": "/m/a,/m/b"}, ...]}`, the labels optional.
+    - A ``.csv``: a header with a column ``path``, ``file``, ``filename`` or ``wav``, and, where clips have labels,
+      ``label`` (one, as it stands) or ``labels`` (separated by commas). Relative paths start from the CSV's folder.
+    - A ``.json`` of AST or Audio-MAE: ``{"data": [{"wav": path, "labels": "/m/a,/m/b"}, ...]}``, the labels optional.
       Relative paths start from the JSON's folder.
 
     Raises:

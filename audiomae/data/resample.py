@@ -49,7 +49,7 @@ class Resampler:
             self._bands.append((offset, filters.float().T.contiguous()))
 
     def length(self, frames: int) -> int:
-        """Number of output samples of a clip of `frames` input samples."""
+        """Number of output samples of a clip of ``frames`` input samples."""
         return -(-frames * self._target // self._source)
 
     def span(self, first: int, count: int) -> tuple[int, int]:
@@ -59,7 +59,7 @@ class Resampler:
         return first_period * self._source - self._margin, end_period * self._source + self._margin
 
     def __call__(self, samples: torch.Tensor, first: int, count: int) -> torch.Tensor:
-        """Output samples [first, first + count), float32, from the input samples that `span(first, count)` names."""
+        """Output samples [first, first + count), float32, from the input samples that ``span(first, count)`` names."""
         periods = (samples.numel() - 2 * self._margin) // self._source
         bands = [
             samples[offset:].unfold(0, len(filters), self._source)[:periods] @ filters

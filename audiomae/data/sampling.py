@@ -11,7 +11,7 @@ from audiomae.seeding import epoch_generator
 class ClipBatches(Sampler[list[tuple[int, int]]]):
     """Batch sampler: one rank's share of the shuffled global batches of an epoch, as lists of (epoch, clip) pairs.
 
-    An epoch is `repeats` passes over the clips, each in an order of its own that comes from the seed and the pass
+    An epoch is ``repeats`` passes over the clips, each in an order of its own that comes from the seed and the pass
     alone; the last, incomplete global batch is dropped. The k-th global batch holds the same clips on any number of
     ranks, and each rank takes a contiguous share of it.
 
@@ -24,7 +24,7 @@ class ClipBatches(Sampler[list[tuple[int, int]]]):
         seed: Seed of the run.
         repeats: Visits of each clip an epoch.
         rank: This process among the ranks.
-        world_size: Number of ranks; must divide `batch_size`.
+        world_size: Number of ranks; must divide ``batch_size``.
 
     Raises:
         ValueError: For numbers that are not positive, a rank outside the world, a batch that the ranks cannot share

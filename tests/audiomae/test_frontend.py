@@ -1,4 +1,4 @@
-"""`LogMel` against torchaudio's Kaldi features and against a float64 computation of its own."""
+"""``LogMel`` against torchaudio's Kaldi features and against a float64 computation of its own."""
 
 import math
 from collections.abc import Iterator

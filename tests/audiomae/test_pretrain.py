@@ -18,7 +18,7 @@ from audiomae.pretrain import main, parse_arguments
 TINY = (
     "--model.spec-size 64 128 --model.embed-dim 32 --model.depth 2 --model.num-heads 2 "
     "--model.decoder-dim 16 --model.decoder-depth 2 --model.decoder-heads 2 "
-    "--batch-size 42 --repeats 1 --workers 0 --warmup-epochs 1"
+    "--batch-size 42 --repeats 1 --workers 0 --warmup-epochs 1 --log-every 1"
 ).split()
 
 

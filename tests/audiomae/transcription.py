@@ -47,7 +47,7 @@ def sine_cosine(dim: int, grid: tuple[int, int], transposed: bool = False) -> Te
     """Fixed positions (1 + L, dim) in float64, the class token's zeros first.
 
     The channels' quarters hold sin and cos of the mel index, then sin and cos of the time index, at angular frequencies
-    that fall from 1 towards 1/10000. `transposed` is the released code's slip: it numbers the same tokens along a
+    that fall from 1 towards 1/10000. ``transposed`` is the released code's slip: it numbers the same tokens along a
     (mel, time) grid, row after row.
     """
     times, mels = grid

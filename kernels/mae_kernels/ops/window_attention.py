@@ -70,7 +70,7 @@ def window_mask(
     if padded == grid and not any(shift):
         return None
     rows, columns = (torch.arange(size, device=device) for size in padded)
-    # After the shift, the last `shift` places of an axis hold the tokens that came round from its start.
+    # After the shift, the last ``shift`` places of an axis hold the tokens that came round from its start.
     wrapped = 2 * (rows >= padded[0] - shift[0])[:, None] + (columns >= padded[1] - shift[1])[None, :]
     side = window_partition(wrapped[None, :, :, None], window, (0, 0)).squeeze(-1)[0]
     padding = ((rows >= grid[0])[:, None] | (columns >= grid[1])[None, :])[None, :, :, None]
