@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mae_kernels._checks import check_devices, check_floating, check_shapes
 from mae_kernels._forms import select
+from mae_kernels._rows import take_rows
 from mae_kernels.ops import masked_mse
 from mae_kernels.ops.masked_mse import check_loss_arguments
 
@@ -36,7 +37,24 @@ def reference(
     return masked_mse.reference(F.linear(hidden, weight, bias), image, ids_removed, patch_size, stride, normalize, eps)
 
 
-FORMS = {"reference": reference}
+def removed(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    image: Tensor,
+    ids_removed: Tensor,
+    patch_size: tuple[int, int],
+    stride: tuple[int, int],
+    normalize: bool,
+    eps: float,
+) -> Tensor:
+    """Compact the removed rows by their ids, then predict and score them alone."""
+    target = masked_mse.removed_targets(image, ids_removed, patch_size, stride, normalize, eps)
+    pred = F.linear(take_rows(hidden, ids_removed), weight, bias)
+    return F.mse_loss(pred.to(target.dtype), target)
+
+
+FORMS = {"reference": reference, "torch": removed}
 
 
 def linear_masked_mse(

@@ -14,22 +14,29 @@ scalar (float64 for float64). Least traffic, forward: 2 s R P bytes for s bytes 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mae_kernels._checks import check_devices, check_floating, check_ids, check_shapes, pair
 from mae_kernels._forms import select
-from mae_kernels.patches import grid_shape, patchify
+from mae_kernels._rows import take_rows
+from mae_kernels.patches import gather_patches, grid_shape, patchify
+
+
+def normalize_patches(patches: Tensor, normalize: bool, eps: float) -> Tensor:
+    """Normalise each patch of ``(..., P)`` by its own mean and unbiased variance, if asked to."""
+    if not normalize:
+        return patches
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return (patches - mean) / (variance + eps).sqrt()
 
 
 def patch_targets(
     image: Tensor, patch_size: tuple[int, int], stride: tuple[int, int], normalize: bool, eps: float
 ) -> Tensor:
     """Targets of every patch, ``(B, L, P)``, in float32 (float64 for float64)."""
-    target = patchify(image.to(torch.promote_types(image.dtype, torch.float32)), patch_size, stride)
-    if normalize:
-        variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
-        target = (target - mean) / (variance + eps).sqrt()
-    return target
+    patches = patchify(image.to(torch.promote_types(image.dtype, torch.float32)), patch_size, stride)
+    return normalize_patches(patches, normalize, eps)
 
 
 def reference(
@@ -48,7 +55,34 @@ def reference(
     return (error * mask).sum() / mask.sum()
 
 
-FORMS = {"reference": reference}
+def removed_targets(
+    image: Tensor,
+    ids_removed: Tensor,
+    patch_size: tuple[int, int],
+    stride: tuple[int, int],
+    normalize: bool,
+    eps: float,
+) -> Tensor:
+    """Targets of the removed patches alone, ``(B, R, P)``, in float32 (float64 for float64)."""
+    patches = gather_patches(image, ids_removed, patch_size, stride).permute(0, 1, 3, 4, 2).flatten(2)
+    return normalize_patches(patches.to(torch.promote_types(image.dtype, torch.float32)), normalize, eps)
+
+
+def removed(
+    pred: Tensor,
+    image: Tensor,
+    ids_removed: Tensor,
+    patch_size: tuple[int, int],
+    stride: tuple[int, int],
+    normalize: bool,
+    eps: float,
+) -> Tensor:
+    """Score the removed patches alone."""
+    target = removed_targets(image, ids_removed, patch_size, stride, normalize, eps)
+    return F.mse_loss(take_rows(pred, ids_removed).to(target.dtype), target)
+
+
+FORMS = {"reference": reference, "torch": removed}
 
 
 def check_loss_arguments(

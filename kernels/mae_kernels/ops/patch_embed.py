@@ -20,7 +20,17 @@ from torch import Tensor
 from mae_kernels._checks import check_devices, check_floating, check_ids, check_shapes, pair
 from mae_kernels._forms import select
 from mae_kernels._positions import check_position, split_position
-from mae_kernels.patches import grid_shape
+from mae_kernels.patches import gather_patches, grid_shape
+
+
+def prepend_cls(tokens: Tensor, cls_token: Tensor | None, cls_position: Tensor | None) -> Tensor:
+    """Put a class token, with its position ``(1, D)`` if it has one, in front of ``tokens (B, K, D)``."""
+    if cls_token is None:
+        return tokens
+    cls_token = cls_token.reshape(1, -1)
+    if cls_position is not None:
+        cls_token = cls_token + cls_position
+    return torch.cat([cls_token.expand(tokens.shape[0], 1, -1), tokens], dim=1)
 
 
 def reference(
@@ -38,15 +48,29 @@ def reference(
     if position is not None:
         tokens = tokens + position
     tokens = tokens.gather(1, ids_keep[:, :, None].expand(-1, -1, tokens.shape[2]))
-    if cls_token is None:
-        return tokens
-    cls_token = cls_token.reshape(1, -1)
-    if cls_position is not None:
-        cls_token = cls_token + cls_position
-    return torch.cat([cls_token.expand(tokens.shape[0], 1, -1), tokens], dim=1)
+    return prepend_cls(tokens, cls_token, cls_position)
 
 
-FORMS = {"reference": reference}
+def visible(
+    image: Tensor,
+    ids_keep: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    position: Tensor | None,
+    cls_token: Tensor | None,
+    stride: tuple[int, int],
+) -> Tensor:
+    """Gather the visible patches, then project them alone."""
+    patches = gather_patches(image, ids_keep, (weight.shape[2], weight.shape[3]), stride)
+    tokens = F.linear(patches.flatten(2), weight.flatten(1), bias)
+    rows, columns = grid_shape((image.shape[2], image.shape[3]), (weight.shape[2], weight.shape[3]), stride)
+    cls_position, position = split_position(position, rows * columns)
+    if position is not None:
+        tokens = tokens + position[ids_keep]
+    return prepend_cls(tokens, cls_token, cls_position)
+
+
+FORMS = {"reference": reference, "torch": visible}
 
 
 def patch_embed(

@@ -10,11 +10,13 @@ additions.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mae_kernels._checks import check_devices, check_floating, check_ids, check_shapes
 from mae_kernels._forms import select
 from mae_kernels._positions import check_position, split_position
+from mae_kernels._rows import flat_ids
 
 
 def reference(
@@ -36,7 +38,31 @@ def reference(
     return torch.cat([cls, restored], dim=1)
 
 
-FORMS = {"reference": reference}
+def overwrite(
+    tokens: Tensor, ids_restore: Tensor, mask_token: Tensor, position: Tensor | None, has_cls: bool, keep_cls: bool
+) -> Tensor:
+    """Write mask tokens and positions everywhere, then the visible tokens over them."""
+    batch, length = ids_restore.shape
+    cls, visible = tokens[:, : int(has_cls)], tokens[:, int(has_cls) :]
+    order = torch.arange(length, device=ids_restore.device).expand(batch, -1)
+    ids_keep = torch.empty_like(ids_restore).scatter_(1, ids_restore, order)[:, : visible.shape[1]]
+    cls_position, position = split_position(position, length)
+    fill = mask_token.reshape(1, -1)
+    if position is not None:
+        fill = fill + position
+        visible = visible + position[ids_keep]
+    if keep_cls:
+        # The class token is one more row in front, so that nothing is copied to put it there.
+        ids_keep = torch.cat([ids_keep.new_zeros(batch, 1), ids_keep + 1], dim=1)
+        visible = torch.cat([cls if cls_position is None else cls + cls_position, visible], dim=1)
+        length += 1
+        fill = F.pad(fill.expand(length - 1, -1), (0, 0, 1, 0))
+    rows = fill.to(visible.dtype).expand(batch, length, -1).flatten(0, 1)
+    rows = rows.index_copy(0, flat_ids(ids_keep, length), visible.flatten(0, 1))
+    return rows.unflatten(0, (batch, length))
+
+
+FORMS = {"reference": reference, "torch": overwrite}
 
 
 def restore_tokens(
