@@ -6,7 +6,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from mae_kernels import layer_norm_add, restore_tokens, window_attention
-from mae_kernels.ops.window_attention import attend, padded_grid, window_mask, window_merge, window_partition
+from mae_kernels.ops.window_attention import attend
+from mae_kernels.windows import padded_grid, window_mask, window_merge, window_partition
 from torch import Tensor, nn
 
 from audiomae.encoder import LAYER_NORM_EPS, Block, Mlp, run_blocks

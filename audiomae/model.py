@@ -4,8 +4,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
-from mae_kernels import linear_masked_mse, masked_mse
-from mae_kernels._forms import check_impl
+from mae_kernels import check_impl, linear_masked_mse, masked_mse
 from torch import Tensor, nn
 
 from audiomae.decoder import Decoder, DecoderKind
@@ -234,7 +233,7 @@ class AudioMAE(nn.Module):
         }
 
     @torch.no_grad()
-    def mean_loss(self, spec: Tensor, mask: PatchMask) -> Tensor:
+    def baseline_loss(self, spec: Tensor, mask: PatchMask) -> Tensor:
         """Score the prediction of every removed patch's own mean: what a model that has learnt nothing can reach.
 
         With normalised targets this is (n - 1) / n for patches of n values, less where patches are constant.

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import tyro
@@ -22,17 +23,17 @@ from matplotlib.figure import Figure
 from torch.utils.data import DataLoader, default_collate
 
 from audiomae.checkpoints import start_encoder
-from audiomae.data import ClipBatches, ClipDataset, read_manifest
+from audiomae.data import ClipBatches, ClipDataset, ClipError, read_manifest
 from audiomae.frontend import LogMel
 from audiomae.model import AudioMAE
 from audiomae.recipes import PRETRAIN_RECIPES
 from audiomae.training.config import PretrainConfig
 from audiomae.training.distributed import Ranks, is_main_process, join_ranks
 from audiomae.training.logging import NullLog, RunLog
-from audiomae.training.loop import Pretrainer, draw_mask, uses_bf16
+from audiomae.training.loop import Pretrainer, check_mask, uses_bf16
 from audiomae.training.optimizer import build_adamw
 from audiomae.training.pictures import reconstruction_examples
-from audiomae.training.state import find_checkpoint, load_state, save_state
+from audiomae.training.state import find_checkpoint, load_state, save_settings, save_state
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> PretrainConfig:
@@ -62,22 +63,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> PretrainConfig:
     )
 
 
-def share_processors(config: PretrainConfig, ranks: Ranks) -> int:
-    """Divide this rank's processors between reading and, on a CPU, computing; return the number of reading workers.
-
-    A compute thread for every processor besides a reading worker would be one too many: OpenMP's threads wait for
-    each other many times a step, and one that is not running holds up the rest. Two threads on two processors of
-    which another process takes one train the demo at 7 clips/s, a single thread at 61.
-    """
-    processors = max(len(os.sched_getaffinity(0)) // ranks.local_world_size, 1)
-    if ranks.device.type == "cuda":
-        return min(max(processors - 1, 1), 8) if config.workers is None else config.workers
-    workers = min(processors - 1, 1) if config.workers is None else config.workers
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(processors - workers, 1))
-    return workers
-
-
 @dataclass(frozen=True)
 class Run:
     """Everything that a run needs.
@@ -95,6 +80,26 @@ class Run:
     notes: list[str]
 
 
+def build_together(config: PretrainConfig, ranks: Ranks) -> Run:
+    """Build a run on every rank. What is wrong on one of them, which may be on another machine, stops all.
+
+    Raises:
+        ValueError: What any rank found to be wrong, or ranks that go on from different epochs.
+    """
+    run, error = None, None
+    try:
+        run = build(config, ranks)
+    except (ValueError, OSError) as caught:
+        error = str(caught)
+    errors = dict.fromkeys(text for text in ranks.gather(error) if text is not None)
+    if run is None or errors:
+        raise ValueError("; ".join(errors))
+    epochs = ranks.gather(run.epochs_done)
+    if len(set(epochs)) > 1:
+        raise ValueError(f"ranks go on from epochs {epochs}: expected one output folder that all machines share")
+    return run
+
+
 def build(config: PretrainConfig, ranks: Ranks) -> Run:
     """Make everything that a run needs, so that whatever is wrong with its settings is found before any work.
 
@@ -105,32 +110,44 @@ def build(config: PretrainConfig, ranks: Ranks) -> Run:
     checkpoint = find_checkpoint(config)
     manifest = read_manifest(config.data)
     batches = ClipBatches(
-        len(manifest), config.batch_size, config.seed, config.repeats, rank=ranks.rank, world_size=ranks.world_size
+        len(manifest),
+        config.batch_size,
+        config.seed,
+        config.repeats,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        splits=config.accumulation,
     )
-    share = config.batch_size // ranks.world_size
-    if share % config.accumulation:
-        raise ValueError(f"accumulation is {config.accumulation}, expected a divisor of the {share} clips of a rank")
 
     torch.manual_seed(config.seed)
     model = AudioMAE(config.model, impl="auto" if config.fused else "reference")
-    draw_mask(config, model.grid, torch.zeros(1, dtype=torch.int64))
+    check_mask(config, model.grid)
     notes = [] if config.init_from is None else start_encoder(model.encoder, config.init_from)
     model.to(ranks.device)
-    optimizer = build_adamw(
-        model, lr=config.peak_lr, weight_decay=config.weight_decay, betas=config.betas, device=ranks.device
-    )
+    optimizer = build_adamw(model, lr=config.peak_lr, weight_decay=config.weight_decay, betas=config.betas)
     epochs_done = 0
     if checkpoint is not None:
-        epochs_done = load_state(checkpoint, model, optimizer)
-        notes.append(f"resumed from {checkpoint}: {epochs_done} of {config.epochs} epochs are done")
+        epochs_done, changes = load_state(checkpoint, config, model, optimizer)
+        notes += [f"resumed from {checkpoint}: {epochs_done} of {config.epochs} epochs are done", *changes]
 
     frames, num_mels = config.model.spec_size
     front_end = LogMel(config.sample_rate, num_mels, mean=config.mean, std=config.std).to(ranks.device)
     samples = front_end.num_samples(frames)
     if config.clip_seconds is not None:
         samples = min(samples, round(config.clip_seconds * config.sample_rate))
+    if front_end.num_frames(samples) < config.model.patch_size[0]:
+        raise ValueError(
+            f"clip_seconds is {config.clip_seconds}: {front_end.num_frames(samples)} frames, "
+            f"expected at least the {config.model.patch_size[0]} of a patch"
+        )
     dataset = ClipDataset(
-        manifest, config.sample_rate, samples, seed=config.seed, gain=config.gain, gain_db=config.gain_db
+        manifest,
+        config.sample_rate,
+        samples,
+        seed=config.seed,
+        gain=config.gain,
+        gain_db=config.gain_db,
+        crop=config.crop,
     )
     workers = share_processors(config, ranks)
     loader = DataLoader(
@@ -139,16 +156,39 @@ def build(config: PretrainConfig, ranks: Ranks) -> Run:
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=ranks.device.type == "cuda",
+        # Workers draw nothing from it, but starting them would take a number from the generator that dropout uses.
+        generator=torch.Generator(),
     )
-    notes = [
-        f"recipe {config.recipe} ({config.variant}): {len(manifest)} clips, {config.epochs} epochs of "
-        f"{len(batches)} steps of {config.batch_size} crops of {samples / config.sample_rate:.4g} s",
-        f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {config.model.decoder} decoder, "
+    trainer = Pretrainer(config, ranks, model, optimizer, front_end, batches, loader)
+    return Run(dataset, trainer, epochs_done, [*describe(config, ranks, dataset, trainer), *notes])
+
+
+def share_processors(config: PretrainConfig, ranks: Ranks) -> int:
+    """Divide this rank's processors between reading and, on a CPU, computing; return the number of reading workers.
+
+    A compute thread for every processor besides a reading worker would be one too many: OpenMP's threads wait for each
+    other many times a step, and one that is not running holds up the rest. Two threads on two processors of which
+    another process takes one train the demo at 7 clips/s, a single thread at 61.
+    """
+    processors = max(len(os.sched_getaffinity(0)) // ranks.local_world_size, 1)
+    if ranks.device.type == "cuda":
+        return min(max(processors - 1, 1), 8) if config.workers is None else config.workers
+    workers = min(processors - 1, 1) if config.workers is None else config.workers
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(processors - workers, 1))
+    return workers
+
+
+def describe(config: PretrainConfig, ranks: Ranks, dataset: ClipDataset, trainer: Pretrainer) -> list[str]:
+    """Tell what a run is."""
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    return [
+        f"recipe {config.recipe} ({config.variant}): {len(dataset)} clips, {config.epochs} epochs of "
+        f"{trainer.steps_per_epoch} steps of {config.batch_size} crops of {dataset.samples / config.sample_rate:.4g} s",
+        f"model: {parameters / 1e6:.1f} M parameters, {config.model.decoder} decoder, "
         f"{'bf16' if uses_bf16(config, ranks.device) else 'fp32'} on {ranks.world_size} x {ranks.device.type}",
         *describe_operators(config, ranks),
-        *notes,
     ]
-    return Run(dataset, Pretrainer(config, ranks, model, optimizer, front_end, batches, loader), epochs_done, notes)
 
 
 def describe_operators(config: PretrainConfig, ranks: Ranks) -> list[str]:
@@ -182,6 +222,8 @@ def train(config: PretrainConfig, ranks: Ranks, run: Run, log: RunLog | NullLog)
     trainer, steps = run.trainer, run.trainer.steps_per_epoch
     for note in run.notes:
         log.message(note)
+    if ranks.main:
+        save_settings(config)
     log.start(
         total_steps=config.epochs * steps,
         first_step=run.epochs_done * steps,
@@ -192,16 +234,16 @@ def train(config: PretrainConfig, ranks: Ranks, run: Run, log: RunLog | NullLog)
     for epoch in range(run.epochs_done + 1, config.epochs + 1):
         result = trainer.run_epoch(epoch - 1, log)
         last = epoch == config.epochs
-        if ranks.main and config.picture_every and (last or epoch % config.picture_every == 0):
-            log.picture("reconstruction", draw_examples(config, run), epoch * steps)
         if ranks.main and (last or epoch % config.save_every == 0):
             save_state(config, trainer.model, trainer.optimizer, epoch)
+        if ranks.main and config.picture_every and (last or epoch % config.picture_every == 0):
+            log.picture("reconstruction", draw_examples(config, run), epoch * steps)
     ranks.barrier()
     if result is None:
         log.message(f"nothing to do: all {config.epochs} epochs are done")
     else:
         log.message(
-            f"loss over the last epoch: {result.loss:.4f}; the mean of every patch scores {result.mean_loss:.4f}\n"
+            f"loss over the last epoch: {result.loss:.4f}; the mean of every patch scores {result.baseline_loss:.4f}\n"
             f"weights, log, pictures and checkpoint are in {config.output_dir}"
         )
 
@@ -211,13 +253,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         config = parse_arguments(arguments)
         with join_ranks(config.device) as ranks:
-            run = build(config, ranks)
-            with RunLog(config.output_dir) if ranks.main else NullLog() as log:
-                train(config, ranks, run, log)
-    except (ValueError, OSError, FloatingPointError) as error:
+            run = build_together(config, ranks)
+            try:
+                with RunLog(config.output_dir) if ranks.main else NullLog() as log:
+                    train(config, ranks, run, log)
+            except (OSError, FloatingPointError) as error:
+                end_rank(ranks, error)
+    except (ValueError, OSError) as error:  # the same on all ranks
         if is_main_process():
             print(f"audiomae.pretrain: error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def end_rank(ranks: Ranks, error: Exception) -> NoReturn:
+    """Tell what ended this rank, and exit."""
+    # An error of a reading worker carries its traceback as text; the last line is the error itself.
+    reason = str(error).strip().splitlines()[-1].removeprefix(f"{ClipError.__module__}.{ClipError.__qualname__}: ")
+    where = f" (rank {ranks.rank})" if ranks.world_size > 1 else ""
+    print(f"audiomae.pretrain: error{where}: {reason}", file=sys.stderr, flush=True)
+    if ranks.world_size > 1:
+        os._exit(2)  # an orderly exit could wait for the other ranks, which wait for this one
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -24,13 +24,20 @@ def pretrain_audioset(variant: str = "paper") -> PretrainConfig:
         variant="released",
         epochs=33,
         min_lr=0.0,
+        crop="start",
         gain="beta",
         model=AudioMAEConfig(bias_dropout=0.1, position_grid="official"),
     )
 
 
 def demo(variant: str = "paper") -> PretrainConfig:
-    """Pre-training on the demo clips, sized for some minutes on two CPU cores."""
+    """Pre-training on the demo clips, sized for some minutes on two CPU cores.
+
+    Raises:
+        ValueError: A variant other than ``"paper"``: no code was released for it.
+    """
+    if variant != "paper":
+        raise ValueError(f"recipe demo has no variant {variant!r}, only 'paper'")
     return PretrainConfig(
         recipe="demo",
         output_dir=Path("runs/demo"),

@@ -17,7 +17,7 @@ def test_pretraining_step(benchmark: BenchmarkFixture, impl: str) -> None:
     batch, dtype = (64, torch.bfloat16) if device.type == "cuda" else (8, torch.float32)
     torch.manual_seed(0)
     model = AudioMAE(AudioMAEConfig(), impl=impl).to(device)
-    optimizer = build_adamw(model, lr=1e-4, weight_decay=1e-4, betas=(0.9, 0.95), device=device)
+    optimizer = build_adamw(model, lr=1e-4, weight_decay=1e-4, betas=(0.9, 0.95))
     spec = torch.randn(batch, 1, *model.config.spec_size, device=device)
     mask = PatchMask.random(torch.arange(batch, device=device), model.grid, ratio=0.8)
 

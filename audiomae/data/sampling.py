@@ -13,7 +13,7 @@ class ClipBatches(Sampler[list[tuple[int, int]]]):
 
     An epoch is ``repeats`` passes over the clips, each in an order of its own that comes from the seed and the pass
     alone; the last, incomplete global batch is dropped. The k-th global batch holds the same clips on any number of
-    ranks, and each rank takes a contiguous share of it.
+    ranks, and each rank takes a contiguous share of it, in ``splits`` equal lists one after the other.
 
     The epoch travels in the index, because persistent workers keep the data set that they started with. With repeats it
     counts passes, epoch * repeats + pass, so that each visit of a clip has a crop and a mask of its own.
@@ -25,6 +25,7 @@ class ClipBatches(Sampler[list[tuple[int, int]]]):
         repeats: Visits of each clip an epoch.
         rank: This process among the ranks.
         world_size: Number of ranks; must divide ``batch_size``.
+        splits: Lists that a rank's share of a global batch is split into; must divide the share.
 
     Raises:
         ValueError: For numbers that are not positive, a rank outside the world, a batch that the ranks cannot share
@@ -32,9 +33,22 @@ class ClipBatches(Sampler[list[tuple[int, int]]]):
     """
 
     def __init__(
-        self, num_clips: int, batch_size: int, seed: int = 0, repeats: int = 1, rank: int = 0, world_size: int = 1
+        self,
+        num_clips: int,
+        batch_size: int,
+        seed: int = 0,
+        repeats: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        splits: int = 1,
     ):
-        counts = {"num_clips": num_clips, "batch_size": batch_size, "repeats": repeats, "world_size": world_size}
+        counts = {
+            "num_clips": num_clips,
+            "batch_size": batch_size,
+            "repeats": repeats,
+            "world_size": world_size,
+            "splits": splits,
+        }
         for name, count in counts.items():
             if count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}")
@@ -42,6 +56,10 @@ class ClipBatches(Sampler[list[tuple[int, int]]]):
             raise ValueError(f"rank must be from 0 to {world_size - 1} in a world of {world_size}, got {rank}")
         if batch_size % world_size != 0:
             raise ValueError(f"a batch of {batch_size} clips cannot be shared equally by {world_size} ranks")
+        if batch_size // world_size % splits != 0:
+            raise ValueError(
+                f"a rank's {batch_size // world_size} clips of a batch cannot be split into {splits} equal parts"
+            )
         if batch_size > num_clips * repeats:
             raise ValueError(
                 f"batch of {batch_size} clips, but the manifest has {num_clips}"
@@ -54,6 +72,7 @@ class ClipBatches(Sampler[list[tuple[int, int]]]):
         self.repeats = repeats
         self.rank = rank
         self.world_size = world_size
+        self.splits = splits
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -62,13 +81,20 @@ class ClipBatches(Sampler[list[tuple[int, int]]]):
             raise ValueError(f"epoch must be at least 0, got {epoch}")
         self.epoch = epoch
 
-    def __len__(self) -> int:
+    @property
+    def steps(self) -> int:
+        """Global batches of an epoch."""
         return self.num_clips * self.repeats // self.batch_size
+
+    def __len__(self) -> int:
+        return self.steps * self.splits
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         passes = range(self.epoch * self.repeats, (self.epoch + 1) * self.repeats)
         order = np.concatenate([epoch_generator(self.seed, p, "order").permutation(self.num_clips) for p in passes])
         share = self.batch_size // self.world_size
-        for batch in range(len(self)):
-            begin = batch * self.batch_size + self.rank * share
-            yield [(passes[i // self.num_clips], int(order[i])) for i in range(begin, begin + share)]
+        size = share // self.splits
+        for batch in range(self.steps):
+            start = batch * self.batch_size + self.rank * share
+            for begin in range(start, start + share, size):
+                yield [(passes[i // self.num_clips], int(order[i])) for i in range(begin, begin + size)]

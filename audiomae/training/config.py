@@ -59,6 +59,8 @@ class PretrainConfig:
     """Sample rate that clips are read at, Hz."""
     clip_seconds: float | None = 10.0
     """Length of the random crop, s; the spectrogram is padded to its frames. None: what fills the frames."""
+    crop: Literal["random", "start"] = "random"
+    """Start of the crop: anywhere, going round at the end, or the clip's first sample."""
     gain: Literal["uniform", "beta"] = "uniform"
     """Random gain: uniform in decibels, or the released code's Beta(10, 10) + 0.5."""
     gain_db: float = 6.0
@@ -119,7 +121,11 @@ class PretrainConfig:
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"workers is {self.workers}, expected at least 0")
         if self.warmup_epochs > self.epochs:
-            raise ValueError(f"warmup_epochs is {self.warmup_epochs}, expected at most the {self.epochs} epochs")
+            raise ValueError(
+                f"warmup_epochs is {self.warmup_epochs}, expected at most the {self.epochs} epochs of the run"
+            )
+        if self.seed >= 2**63:
+            raise ValueError(f"seed is {self.seed}, expected less than 2**63")
         if self.model.in_channels != 1:
             raise ValueError(f"model.in_channels is {self.model.in_channels}, expected 1: clips are read as mono")
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,6 +39,14 @@ class Ranks:
             value /= self.world_size
         return value
 
+    def gather(self, value: Any) -> list[Any]:
+        """Collect a picklable value of every rank, in the order of ranks, on all of them."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world_size > 1:
@@ -67,15 +76,13 @@ def join_ranks(device: str) -> Iterator[Ranks]:
     if device == "cuda" and not gpus:
         raise ValueError("device is cuda, but PyTorch sees no GPU here")
     on_gpu = gpus > 0 and device != "cpu"
-    if on_gpu and local_rank >= gpus:
+    if on_gpu and local_world_size > gpus:  # asked of all, so that every rank gives up
         raise ValueError(f"{local_world_size} processes on this machine, but it has {gpus} GPUs: start one for each")
     chosen = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(chosen)
     if world_size > 1:
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None)
-    try:
-        yield Ranks(rank, world_size, local_world_size, chosen)
-    finally:
-        if world_size > 1:
-            dist.destroy_process_group()
+    yield Ranks(rank, world_size, local_world_size, chosen)
+    if world_size > 1:  # not after an error: the others may wait in a collective, and this would wait for them
+        dist.destroy_process_group()

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -27,19 +28,20 @@ def uses_bf16(config: PretrainConfig, device: torch.device) -> bool:
     return config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
 
 
-def draw_mask(config: PretrainConfig, grid: PatchGrid, seeds: Tensor) -> PatchMask:
+def draw_mask(config: PretrainConfig, grid: PatchGrid, seeds: Tensor, impl: str) -> PatchMask:
     """Draw masks of the kind and ratio of a run.
 
     Args:
         config: The run.
         grid: The patch grid.
         seeds: ``(B,)`` int64, one a row.
+        impl: Form of the operator.
 
     Raises:
         ValueError: A ratio that keeps or removes nothing.
     """
     if config.mask == "random":
-        return PatchMask.random(seeds, grid, config.mask_ratio)
+        return PatchMask.random(seeds, grid, config.mask_ratio, impl=impl)
     if config.mask == "time":
         return PatchMask.time(seeds, grid, config.mask_ratio)
     if config.mask == "frequency":
@@ -47,16 +49,35 @@ def draw_mask(config: PretrainConfig, grid: PatchGrid, seeds: Tensor) -> PatchMa
     return PatchMask.time_frequency(seeds, grid, config.mask_ratio, config.mask_ratio_frequency)
 
 
+def check_mask(config: PretrainConfig, grid: PatchGrid) -> None:
+    """Raise ValueError if the masks of a run would keep or remove nothing of a grid."""
+    draw_mask(config, grid, torch.zeros(1, dtype=torch.int64), impl="reference")
+
+
+class StepResult(NamedTuple):
+    """What a step gives, as scalars on the device.
+
+    Attributes:
+        loss: Of this rank's share of the batch.
+        baseline_loss: Of predicting each patch's mean; 0 unless asked for.
+        gradient_norm: Before clipping; None where nothing is clipped.
+    """
+
+    loss: Tensor
+    baseline_loss: Tensor
+    gradient_norm: Tensor | None
+
+
 class EpochResult(NamedTuple):
     """Averages over an epoch and all ranks.
 
     Attributes:
         loss: Of the model, over all steps.
-        mean_loss: Of predicting each patch's mean, over the logged steps.
+        baseline_loss: Of predicting each patch's mean, over the logged steps.
     """
 
     loss: float
-    mean_loss: float
+    baseline_loss: float
 
 
 class Pretrainer:
@@ -69,7 +90,7 @@ class Pretrainer:
         optimizer: Of the model's parameters.
         front_end: Waveforms to spectrograms, on ``ranks.device``.
         batches: Batch sampler of ``loader``.
-        loader: Gives ``(waveform (B, samples), pairs (B, 2))``.
+        loader: Gives micro-batches ``(waveform (B, samples), pairs (B, 2))``.
     """
 
     def __init__(
@@ -84,7 +105,7 @@ class Pretrainer:
     ):
         self.config, self.ranks, self.model, self.optimizer = config, ranks, model, optimizer
         self.front_end, self.batches, self.loader = front_end, batches, loader
-        self.steps_per_epoch = len(batches)
+        self.steps_per_epoch = batches.steps
         self.precision = torch.bfloat16 if uses_bf16(config, ranks.device) else torch.float32
         # torch.compile and DistributedDataParallel keep the call of the model that they wrap.
         self.parallel: Any = torch.compile(model) if config.compile else model
@@ -109,26 +130,29 @@ class Pretrainer:
         self.batches.set_epoch(epoch)
         epoch_loss = torch.zeros((), device=self.ranks.device)
         recent_loss, recent_steps, recent_start = torch.zeros_like(epoch_loss), 0, time.perf_counter()
-        mean_losses = []
-        for index, (waveform, pairs) in enumerate(self.loader):
+        baseline_losses = []
+        # The same iterator as often as a batch has micro-batches: zip takes the next one from it each time.
+        micro_batches = [iter(self.loader)] * self.config.accumulation
+        for index, batch in enumerate(zip(*micro_batches, strict=True)):
             step = epoch * self.steps_per_epoch + index + 1
             logged = step % self.config.log_every == 0 or index + 1 == self.steps_per_epoch
             lr = self._set_learning_rate(step - 1)
-            loss, mean_loss, gradient_norm = self._train_step(waveform, pairs, with_mean_loss=logged)
-            recent_loss += loss
+            result = self._train_step(batch, with_baseline_loss=logged)
+            recent_loss += result.loss
             recent_steps += 1
             if logged:
-                averages = self.ranks.mean(torch.stack([recent_loss / recent_steps, mean_loss])).tolist()
+                averages = self.ranks.mean(torch.stack([recent_loss / recent_steps, result.baseline_loss])).tolist()
                 if not math.isfinite(averages[0]):
                     raise FloatingPointError(f"the loss is {averages[0]} at step {step} (epoch {epoch + 1})")
-                mean_losses.append(averages[1])
+                baseline_losses.append(averages[1])
                 clips_per_second = recent_steps * self.config.batch_size / (time.perf_counter() - recent_start)
-                extra = {} if gradient_norm is None else {"gradient_norm": float(gradient_norm)}
+                norm = result.gradient_norm
+                extra = {} if norm is None else {"gradient_norm": float(norm)}
                 log.step(
                     step=step,
                     epoch=epoch + 1,
                     loss=averages[0],
-                    mean_loss=averages[1],
+                    baseline_loss=averages[1],
                     lr=lr,
                     clips_per_second=clips_per_second,
                     **extra,
@@ -137,7 +161,7 @@ class Pretrainer:
                 recent_loss, recent_steps, recent_start = torch.zeros_like(epoch_loss), 0, time.perf_counter()
             log.advance(step)
         average = self.ranks.mean(epoch_loss / self.steps_per_epoch).item()
-        return EpochResult(average, sum(mean_losses) / len(mean_losses))
+        return EpochResult(average, sum(baseline_losses) / len(baseline_losses))
 
     def _set_learning_rate(self, steps_done: int) -> float:
         lr = cosine_lr(
@@ -151,15 +175,13 @@ class Pretrainer:
             group["lr"] = lr
         return lr
 
-    def _train_step(
-        self, waveform: Tensor, pairs: Tensor, *, with_mean_loss: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Take an optimiser step; give its loss, that of predicting means (0 unless asked for), the gradient norm."""
-        count = self.config.accumulation
+    def _train_step(self, batch: Sequence[tuple[Tensor, Tensor]], *, with_baseline_loss: bool) -> StepResult:
+        """Take an optimiser step on the micro-batches of a batch."""
+        count = len(batch)
         loss = torch.zeros((), device=self.ranks.device)
-        mean_loss = torch.zeros_like(loss)
-        for micro, (wave, pair) in enumerate(zip(waveform.chunk(count), pairs.chunk(count), strict=True)):
-            spec, mask = self.prepare(wave, pair)
+        baseline_loss = torch.zeros_like(loss)
+        for micro, (waveform, pairs) in enumerate(batch):
+            spec, mask = self.prepare(waveform, pairs)
             # All gradients are reduced once, in the backward of the last micro-batch.
             syncs = micro + 1 == count or not isinstance(self.parallel, DistributedDataParallel)
             with nullcontext() if syncs else self.parallel.no_sync():
@@ -167,18 +189,20 @@ class Pretrainer:
                     micro_loss = self.parallel(spec, mask).loss / count
                 micro_loss.backward()
             loss += micro_loss.detach()
-            if with_mean_loss:
-                mean_loss += self.model.mean_loss(spec, mask) / count
+            if with_baseline_loss:
+                baseline_loss += self.model.baseline_loss(spec, mask) / count
         norm = None
         if self.config.clip_grad is not None:
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss, mean_loss, norm
+        return StepResult(loss, baseline_loss, norm)
 
     def prepare(self, waveform: Tensor, pairs: Tensor) -> tuple[Tensor, PatchMask]:
         """Turn waveforms ``(B, samples)`` and their visits ``(B, 2)`` into normalised spectrograms and masks."""
         device = self.ranks.device
         spec = self.front_end(waveform.to(device, non_blocking=True), target_frames=self.model.grid.spec_size[0])
-        seeds = mask_seeds(self.config.seed, pairs).to(device, non_blocking=True)
-        return spec, draw_mask(self.config, self.model.grid, seeds)
+        seeds = mask_seeds(self.config.seed, pairs)
+        if device.type == "cuda":  # a copy from pageable memory would wait for the device
+            seeds = seeds.pin_memory().to(device, non_blocking=True)
+        return spec, draw_mask(self.config, self.model.grid, seeds, self.model.impl)

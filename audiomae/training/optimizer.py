@@ -6,9 +6,7 @@ import torch
 from torch import nn
 
 
-def build_adamw(
-    model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float], device: torch.device
-) -> torch.optim.AdamW:
+def build_adamw(model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
     """AdamW that decays every parameter of two or more dimensions, class and mask token included, as published.
 
     Args:
@@ -16,14 +14,13 @@ def build_adamw(
         lr: Learning rate.
         weight_decay: Decay of matrices; vectors (biases, norms, temperatures) have none.
         betas: Decay of the two moments.
-        device: Where the parameters are.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=device.type in ("cuda", "cpu"))
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
 def cosine_lr(step: float, *, total: float, warmup: float, peak: float, minimum: float) -> float:

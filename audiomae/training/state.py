@@ -1,6 +1,8 @@
-"""What a run leaves on disk: its state, to go on from, and its weights, to use."""
+"""What a run leaves on disk: its settings, its state, to go on from, and its weights, to use."""
 
+import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +10,16 @@ import torch
 
 from audiomae.checkpoints import CheckpointError, save_weights
 from audiomae.checkpoints.files import load_pickle, replacing
+from audiomae.checkpoints.shapes import check_state
 from audiomae.model import AudioMAE
 from audiomae.training.config import PretrainConfig
 
 LAST = "checkpoint-last.pt"
 WEIGHTS = "weights.safetensors"
+SETTINGS = "config.json"
+
+# Settings that may differ between a run and the one that goes on from it without changing what is computed.
+FREE_SETTINGS = {"output_dir", "resume", "workers", "log_every", "picture_every", "save_every", "keep_every", "device"}
 
 
 def find_checkpoint(config: PretrainConfig) -> Path | None:
@@ -20,20 +27,33 @@ def find_checkpoint(config: PretrainConfig) -> Path | None:
 
     Raises:
         FileNotFoundError: ``resume`` names a file that does not exist.
-        FileExistsError: A new run would overwrite the checkpoint of an earlier one.
+        FileExistsError: The output folder holds another run, which this one would overwrite.
+        CheckpointError: ``resume`` names a file of weights alone.
     """
     last = config.output_dir / LAST
-    if config.resume is None:
-        if last.exists():
-            raise FileExistsError(
-                f"{config.output_dir} holds a run already: go on with --resume auto, or choose another --output-dir"
-            )
-        return None
     if config.resume == "auto":
         return last if last.exists() else None
-    if not Path(config.resume).is_file():
-        raise FileNotFoundError(f"no checkpoint at {config.resume}, expected a file that an earlier run saved")
-    return Path(config.resume)
+    chosen = None if config.resume is None else Path(config.resume)
+    if chosen is not None and not chosen.is_file():
+        raise FileNotFoundError(f"no checkpoint at {chosen}, expected a file that an earlier run saved")
+    if chosen is not None and chosen.suffix == ".safetensors":
+        raise CheckpointError(f"{chosen} holds weights alone, expected a {LAST}: start from weights with --init-from")
+    if last.exists() and (chosen is None or chosen.resolve().parent != config.output_dir.resolve()):
+        raise FileExistsError(
+            f"{config.output_dir} holds a run already: go on with --resume auto, or choose another --output-dir"
+        )
+    return chosen
+
+
+def settings_of(config: PretrainConfig) -> dict[str, Any]:
+    """All settings as JSON has them."""
+    return json.loads(json.dumps(asdict(config), default=str))
+
+
+def save_settings(config: PretrainConfig) -> None:
+    """Write the settings of a run beside its log."""
+    with replacing(config.output_dir / SETTINGS) as temporary:
+        temporary.write_text(json.dumps(settings_of(config), indent=2) + "\n")
 
 
 def save_state(config: PretrainConfig, model: AudioMAE, optimizer: torch.optim.Optimizer, epochs_done: int) -> None:
@@ -49,7 +69,7 @@ def save_state(config: PretrainConfig, model: AudioMAE, optimizer: torch.optim.O
         epochs_done: Epochs trained so far.
     """
     state = {
-        "format": "audiomae",
+        "settings": settings_of(config),
         "config": model.config.to_dict(),
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -64,23 +84,47 @@ def save_state(config: PretrainConfig, model: AudioMAE, optimizer: torch.optim.O
     save_weights(folder / WEIGHTS, model)
 
 
-def load_state(path: Path, model: AudioMAE, optimizer: torch.optim.Optimizer) -> int:
-    """Load the state of a run into its model and optimiser.
+def load_state(
+    path: Path, config: PretrainConfig, model: AudioMAE, optimizer: torch.optim.Optimizer
+) -> tuple[int, list[str]]:
+    """Load the state of a run into its model and optimiser. Settings of the optimiser stay as ``config`` has them.
+
+    Args:
+        path: The checkpoint.
+        config: The run that goes on.
+        model: Its model.
+        optimizer: Its optimiser.
 
     Returns:
-        The epochs that it has trained.
+        The epochs that the state has behind it, and a line for each setting that has changed since.
 
     Raises:
         CheckpointError: The file is broken, not the state of a run, or that of another model.
     """
-    state: dict[str, Any] = load_pickle(path)
-    missing = {"config", "model", "optimizer", "epochs_done"} - state.keys()
-    if missing:
-        raise CheckpointError(f"{path} is not the state of a run: it lacks {', '.join(sorted(missing))}")
-    saved, wanted = state["config"], model.config.to_dict()
-    different = [f"{k} {saved.get(k)} (now {wanted[k]})" for k in wanted if saved.get(k) != wanted[k]]
-    if different:
-        raise CheckpointError(f"{path} is the state of another model: {', '.join(different)}")
+    state = load_pickle(path)
+    kinds = {"settings": dict, "config": dict, "model": dict, "optimizer": dict, "epochs_done": int}
+    for key, kind in kinds.items():
+        if not isinstance(state.get(key), kind):
+            raise CheckpointError(f"{path} is not the state of a run: it has no {key}")
+    saved, wanted = state["settings"], settings_of(config)
+    other_model = _differences(saved.get("model") or {}, wanted["model"])
+    if other_model:
+        raise CheckpointError(f"{path} is the state of another model: {', '.join(other_model)}")
+    try:
+        check_state(model.config, state["model"])
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        optimizer.load_state_dict(state["optimizer"])
+        if len(optimizer.state) != sum(len(group["params"]) for group in optimizer.param_groups):
+            raise CheckpointError("its optimiser lacks the moments of some parameters")
+    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be gone on from: {error}") from error
     model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return int(state["epochs_done"])
+    for group, settings in zip(optimizer.param_groups, groups, strict=True):
+        group.update(settings)
+    changed = _differences(saved, {k: v for k, v in wanted.items() if k not in FREE_SETTINGS})
+    return state["epochs_done"], [f"changed since the checkpoint: {line}" for line in changed]
+
+
+def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Tell which settings differ."""
+    return [f"{k} was {saved.get(k)}, is {wanted[k]}" for k in wanted if saved.get(k) != wanted[k]]

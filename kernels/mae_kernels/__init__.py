@@ -4,7 +4,7 @@ Each operator is a function here and a module of the same name in :mod:`mae_kern
 plain PyTorch what it computes. Importing this package touches no device.
 """
 
-from mae_kernels._forms import Impl
+from mae_kernels._forms import Impl, check_impl
 from mae_kernels.ops.add_layer_norm import add_layer_norm
 from mae_kernels.ops.flash_attention import flash_attention
 from mae_kernels.ops.layer_norm_add import layer_norm_add
@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Impl",
     "add_layer_norm",
+    "check_impl",
     "flash_attention",
     "layer_norm_add",
     "linear_masked_mse",

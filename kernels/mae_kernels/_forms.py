@@ -7,7 +7,8 @@ import torch
 
 Impl = Literal["reference", "torch", "triton", "auto"]
 
-_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Seeds and ids are int64; all else that operators stream is floating.
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64)
 
 
 def check_impl(impl: str) -> None:
@@ -21,7 +22,7 @@ def resolve_form(
 ) -> str:
     """Name the form of ``operator`` that ``impl`` means for tensors of this device and dtype.
 
-    ``"auto"`` is Triton on GPUs for float32, bfloat16 and float16, else the PyTorch form of the fused algorithm, else
+    ``"auto"`` is Triton on GPUs but for float64, else the PyTorch form of the fused algorithm, else
     the reference. Any other name is taken literally.
 
     Args:

@@ -29,7 +29,7 @@ def patchify(image: Tensor, patch_size: tuple[int, int], stride: tuple[int, int]
 
 
 def gather_patches(image: Tensor, ids: Tensor, patch_size: tuple[int, int], stride: tuple[int, int]) -> Tensor:
-    """Cut the patches that ``ids (B, K)`` name from ``image (B, C, H, W)``, as ``(B, K, C, ph, pw)``; no other is copied."""
+    """Cut the patches ``ids (B, K)`` from ``image (B, C, H, W)``, as ``(B, K, C, ph, pw)``; no other is copied."""
     windows = image.unfold(2, patch_size[0], stride[0]).unfold(3, patch_size[1], stride[1]).permute(0, 2, 3, 1, 4, 5)
     columns = windows.shape[2]
     batch = torch.arange(image.shape[0], device=image.device)[:, None]

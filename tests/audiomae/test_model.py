@@ -140,12 +140,12 @@ def test_compiles_without_a_graph_break():
 
 
 @pytest.mark.parametrize("norm_target", [True, False])
-def test_mean_loss_is_that_of_predicting_each_patchs_mean(norm_target):
+def test_baseline_loss_is_that_of_predicting_each_patchs_mean(norm_target):
     model, spec = model_of(norm_target=norm_target), 2 + 3 * spec_of()
     mask = PatchMask.random(SEEDS, SMALL.grid, 0.8)
     variance, removed = SMALL.grid.patchify(spec).var(dim=-1, unbiased=False), mask.mask
     expected = torch.tensor(63 / 64) if norm_target else variance[removed].mean()
-    torch.testing.assert_close(model.mean_loss(spec, mask), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(model.baseline_loss(spec, mask), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -2,24 +2,49 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 from safetensors.torch import load_file
 
 from audiomae import AudioMAEConfig
 from audiomae.checkpoints import load
-from audiomae.pretrain import main, parse_arguments
+from audiomae.pretrain import build, main, parse_arguments
+from audiomae.training.distributed import join_ranks
 
-TINY = (
-    "--model.spec-size 64 128 --model.embed-dim 32 --model.depth 2 --model.num-heads 2 "
-    "--model.decoder-dim 16 --model.decoder-depth 2 --model.decoder-heads 2 "
-    "--batch-size 42 --repeats 1 --workers 0 --warmup-epochs 1 --log-every 1"
-).split()
+TINY = [
+    "--model.spec-size",
+    "64",
+    "128",
+    "--model.embed-dim",
+    "32",
+    "--model.depth",
+    "2",
+    "--model.num-heads",
+    "2",
+    "--model.decoder-dim",
+    "16",
+    "--model.decoder-depth",
+    "2",
+    "--model.decoder-heads",
+    "2",
+    "--batch-size",
+    "42",
+    "--repeats",
+    "1",
+    "--workers",
+    "0",
+    "--warmup-epochs",
+    "1",
+    "--log-every",
+    "1",
+]
 
 
 def run(output: Path, *flags: str) -> list[dict[str, float]]:
@@ -46,7 +71,7 @@ def test_run_leaves_log_pictures_and_checkpoints(trained: Path) -> None:
     log = read_log(trained)
     assert [record["step"] for record in log] == list(range(1, 10))
     assert [record["epoch"] for record in log] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
-    assert all({"loss", "mean_loss", "lr", "clips_per_second"} <= record.keys() for record in log)
+    assert all({"loss", "baseline_loss", "lr", "clips_per_second"} <= record.keys() for record in log)
     assert log[-1]["loss"] < log[0]["loss"]
     assert (trained / "pictures" / "reconstruction-epoch-0003.png").stat().st_size > 10_000
     assert list((trained / "tensorboard").iterdir())
@@ -91,15 +116,17 @@ def test_accumulation_and_workers_do_not_change_the_run(trained: Path, tmp_path:
     torch.testing.assert_close(losses(log), losses(read_log(trained)), rtol=1e-5, atol=0)
 
 
-def test_two_processes_follow_the_curve_of_one(trained: Path, tmp_path: Path) -> None:
-    output = tmp_path / "run"
+def torchrun(output: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "audiomae.pretrain", *TINY, "--output-dir", str(output), "--epochs", "3", "--device", "cpu"]
-    done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240, check=False
-    )
+    command += ["-m", "audiomae.pretrain", *TINY, "--output-dir", str(output), "--device", "cpu", *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+
+
+def test_two_processes_follow_the_curve_of_one(trained: Path, tmp_path: Path) -> None:
+    done = torchrun(tmp_path, "--epochs", "3")
     assert done.returncode == 0, done.stderr
-    torch.testing.assert_close(losses(read_log(output)), losses(read_log(trained)), rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses(read_log(tmp_path)), losses(read_log(trained)), rtol=1e-5, atol=0)
 
 
 def test_fused_without_a_gpu_trains_the_same_and_says_which_forms_it_took(
@@ -111,17 +138,84 @@ def test_fused_without_a_gpu_trains_the_same_and_says_which_forms_it_took(
 
 
 def test_encoder_starts_from_an_earlier_run(trained: Path, tmp_path: Path) -> None:
-    fresh = read_log(trained)[0]["loss"]
-    log = run(tmp_path / "run", "--epochs", "1", "--init-from", str(trained / "weights.safetensors"))
-    assert log[0]["loss"] != fresh
+    weights = trained / "weights.safetensors"
+    flags = [*TINY, "--output-dir", str(tmp_path), "--init-from", str(weights), "--seed", "7"]
+    with join_ranks("cpu") as ranks:
+        model = build(parse_arguments(flags), ranks).trainer.model
+    for name, tensor in load_file(weights).items():
+        if name.startswith("encoder."):
+            torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=0)
+    assert not torch.equal(model.decoder.pred.weight, load_file(weights)["decoder.pred.weight"])
 
 
-@pytest.mark.parametrize("mask", ["time", "frequency", "time_frequency"])
-def test_structured_masks_clipping_and_bf16_train(mask: str, tmp_path: Path) -> None:
-    log = run(
-        tmp_path, "--epochs", "1", "--mask", mask, "--mask-ratio", "0.5", "--clip-grad", "1", "--precision", "bf16"
-    )
-    assert all(0 < record["loss"] < 3 and record["gradient_norm"] > 0 for record in log)
+@pytest.mark.parametrize(("mask", "kept"), [("time", 2 * 8), ("frequency", 4 * 4), ("time_frequency", 2 * 4)])
+def test_structured_masks_train(mask: str, kept: int, tmp_path: Path) -> None:
+    flags = ["--mask", mask, "--mask-ratio", "0.5", "--picture-every", "0"]
+    with join_ranks("cpu") as ranks:
+        trainer = build(parse_arguments([*TINY, "--output-dir", str(tmp_path / "none"), *flags]), ranks).trainer
+    spec, masks = trainer.prepare(torch.randn(3, 10_480), torch.tensor([[0, 1], [0, 2], [1, 1]]))
+    assert spec.shape == (3, 1, 64, 128)
+    assert masks.ids_keep.shape == (3, kept)
+    assert all(0 < record["loss"] < 3 for record in run(tmp_path / "run", "--epochs", "1", *flags))
+
+
+def test_clipping_bounds_the_step_and_bf16_rounds_the_loss(trained: Path, tmp_path: Path) -> None:
+    log = run(tmp_path / "clipped", "--epochs", "3", "--clip-grad", "1e-6", "--base-lr", "1e-3")
+    assert all(record["gradient_norm"] > 1e-6 for record in log)
+    exact = losses(read_log(trained))
+    rounded = losses(run(tmp_path / "bf16", "--epochs", "3", "--precision", "bf16"))
+    assert 1e-6 < ((rounded - exact) / exact).abs().max() < 0.02
+
+
+def test_dropout_resumes_exactly_with_workers(tmp_path: Path) -> None:
+    flags = ["--epochs", "2", "--model.bias-dropout", "0.3", "--workers", "1", "--keep-every", "1"]
+    whole = run(tmp_path / "whole", *flags)
+    resumed = run(tmp_path / "resumed", *flags, "--resume", str(tmp_path / "whole" / "checkpoint-epoch-0001.pt"))
+    torch.testing.assert_close(losses(resumed), losses(whole[3:]), rtol=0, atol=0)
+
+
+def test_resume_takes_new_settings_and_tells_them(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = str(trained / "checkpoint-epoch-0001.pt")
+    flags = ["--resume", checkpoint, "--epochs", "2", "--weight-decay", "0.5", "--picture-every", "0"]
+    output = tmp_path / "run"
+    run(output, *flags)
+    printed = capsys.readouterr().err
+    assert "changed since the checkpoint: weight_decay was 0.0001, is 0.5" in printed
+    assert "changed since the checkpoint: epochs was 3, is 2" in printed
+    state = torch.load(output / "checkpoint-last.pt", weights_only=True)
+    assert [group["weight_decay"] for group in state["optimizer"]["param_groups"]] == [0.5, 0.0]
+    assert json.loads((output / "config.json").read_text())["weight_decay"] == 0.5
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_clip_that_cannot_be_read_ends_in_one_line(
+    workers: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "broken.wav").write_text("no sound")
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path / "run", "--data", str(tmp_path / "clips"), "--batch-size", "1", "--workers", workers)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2
+    assert last.startswith(f"audiomae.pretrain: error: {tmp_path / 'clips' / 'broken.wav'}: cannot be read as audio")
+
+
+def test_an_error_of_any_rank_is_told(tmp_path: Path) -> None:
+    (tmp_path / "clips").mkdir()
+    for name in ("a", "b", "c"):
+        soundfile.write(tmp_path / "clips" / f"{name}.wav", [0.1, 0.2] * 8000, 16000)
+    (tmp_path / "clips" / "d.wav").write_text("no sound")
+    done = torchrun(tmp_path / "run", "--data", str(tmp_path / "clips"), "--batch-size", "4", "--epochs", "9")
+    assert done.returncode != 0
+    assert re.search(r"audiomae\.pretrain: error \(rank [01]\): \S+d\.wav: cannot be read as audio", done.stderr)
+
+
+def test_a_wrong_setting_is_told_once_by_all_ranks(tmp_path: Path) -> None:
+    done = torchrun(tmp_path / "run", "--mask-ratio", "0.99")
+    assert done.returncode != 0
+    assert done.stderr.count("audiomae.pretrain: error: a mask ratio of 0.99 keeps 0 of 32") == 1
 
 
 def test_flags_change_the_recipe() -> None:
@@ -146,6 +240,7 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
 def write_broken_inputs(folder: Path) -> None:
     (folder / "empty").mkdir()
     (folder / "empty.csv").write_text("file,label\n")
+    (folder / "weights.safetensors").write_bytes(b"")
     (folder / "text.pth").write_text("<html>not found</html>")
     torch.save({"model": {"encoder.norm.weight": torch.ones(3)}}, folder / "other.pth")
     (folder / "used").mkdir()
@@ -161,7 +256,9 @@ def write_broken_inputs(folder: Path) -> None:
         ("--data {folder}/empty", "/empty"),
         ("--data {folder}/empty.csv", "empty.csv"),
         ("--batch-size 500", "batch of 500 clips, but the manifest has 126"),
-        ("--accumulation 4", "accumulation is 4, expected a divisor of the 42 clips of a rank"),
+        ("--accumulation 4", "a rank's 42 clips of a batch cannot be split into 4 equal parts"),
+        ("--clip-seconds 0.01", "clip_seconds is 0.01: 0 frames, expected at least the 16 of a patch"),
+        ("--variant released", "recipe demo has no variant 'released'"),
         ("--mask-ratio 0.99", "a mask ratio of 0.99 keeps 0 of 32"),
         ("--mask-ratio 0.0", "a mask ratio of 0.0 keeps 32 of 32"),
         ("--mask-ratio 1.5", "mask ratio is 1.5, expected a number between 0 and 1"),
@@ -172,6 +269,8 @@ def write_broken_inputs(folder: Path) -> None:
         ("--init-from {folder}/other.pth", "other.pth"),
         ("--resume {folder}/none.pt", "no checkpoint at"),
         ("--resume {folder}/text.pth", "text.pth"),
+        ("--resume {folder}/other.pth", "is not the state of a run: it has no settings"),
+        ("--resume {folder}/weights.safetensors", "holds weights alone, expected a checkpoint-last.pt"),
         ("--output-dir {folder}/used", "used holds a run already: go on with --resume auto"),
         ("--output-dir {folder}/used --resume auto", "is empty"),
         ("--device cuda", "device is cuda, but PyTorch sees no GPU here"),
@@ -198,4 +297,4 @@ def test_resume_refuses_another_model(trained: Path, tmp_path: Path, capsys: pyt
     checkpoint = str(trained / "checkpoint-last.pt")
     with pytest.raises(SystemExit):
         main([*TINY, "--output-dir", str(tmp_path), "--resume", checkpoint, "--model.depth", "3"])
-    assert "is the state of another model: depth 2 (now 3)" in capsys.readouterr().err
+    assert "is the state of another model: depth was 2, is 3" in capsys.readouterr().err
