@@ -1,4 +1,4 @@
-"""``LogMel`` on a batch against torchaudio clip by clip, in pairs that take turns: ``pytest bench/test_frontend.py``."""
+"""``LogMel`` on a batch against torchaudio clip by clip, in pairs that take turns."""
 
 import statistics
 import time
@@ -11,6 +11,7 @@ from torch import Tensor
 from torchaudio.compliance import kaldi
 
 from audiomae.frontend import LogMel
+from bench.provenance import provenance
 
 ROUNDS = 15
 
@@ -55,12 +56,16 @@ def test_log_mel(benchmark: BenchmarkFixture, batch: int, seconds: int, threads:
     )
     ratios = sorted(theirs / mine for theirs, mine in zip(baseline, ours, strict=True))
     benchmark.extra_info.update(
-        shape=list(waveform.shape),
-        dtype="float32",
-        device="cpu",
-        threads=threads,
-        clips_per_second=batch / statistics.median(ours),
-        torchaudio_clips_per_second=batch / statistics.median(baseline),
-        speedup_median=statistics.median(ratios),
-        speedup_range=[ratios[0], ratios[-1]],
+        {
+            "operator": "LogMel",
+            "provider": "audiomae",
+            "shape": list(waveform.shape),
+            "dtype": "float32",
+            "clips/s": round(batch / statistics.median(ours), 1),
+            "clips/s of torchaudio": round(batch / statistics.median(baseline), 1),
+            "ratio": round(statistics.median(ratios), 2),
+            "ratio from": round(ratios[0], 2),
+            "ratio to": round(ratios[-1], 2),
+            **provenance(torch.device("cpu")),
+        }
     )

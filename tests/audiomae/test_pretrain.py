@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,33 +19,11 @@ from audiomae.checkpoints import load
 from audiomae.pretrain import build, main, parse_arguments
 from audiomae.training.distributed import join_ranks
 
-TINY = [
-    "--model.spec-size",
-    "64",
-    "128",
-    "--model.embed-dim",
-    "32",
-    "--model.depth",
-    "2",
-    "--model.num-heads",
-    "2",
-    "--model.decoder-dim",
-    "16",
-    "--model.decoder-depth",
-    "2",
-    "--model.decoder-heads",
-    "2",
-    "--batch-size",
-    "42",
-    "--repeats",
-    "1",
-    "--workers",
-    "0",
-    "--warmup-epochs",
-    "1",
-    "--log-every",
-    "1",
-]
+TINY = shlex.split(
+    "--model.spec-size 64 128 --model.embed-dim 32 --model.depth 2 --model.num-heads 2 "
+    "--model.decoder-dim 16 --model.decoder-depth 2 --model.decoder-heads 2 "
+    "--batch-size 42 --repeats 1 --workers 0 --warmup-epochs 1 --log-every 1"
+)
 
 
 def run(output: Path, *flags: str) -> list[dict[str, float]]:
