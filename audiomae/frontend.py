@@ -75,13 +75,18 @@ class LogMel(nn.Module):
             raise ValueError(f"mean and std must be given together, got mean={mean} and std={std}")
         if std is not None and not std > 0:
             raise ValueError(f"std must be positive, got {std}")
-        self.num_mels = num_mels
+        self.num_mels, self.sample_rate, self.hop_ms = num_mels, sample_rate, hop_ms
+        self.low_hz, self.high_hz = low_hz, high_hz
         self.fft_size = 1 << (self.window_size - 1).bit_length()
         self.mean, self.std = mean, std
         filters = mel_filters(num_mels, self.fft_size, sample_rate, low_hz, high_hz)
         self.bands = _nonzero_bands(filters)
         self.register_buffer("filters", filters, persistent=False)
         self.register_buffer("window", self._window(torch.float32), persistent=False)
+
+    def denormalize(self, log_mel: Tensor) -> Tensor:
+        """Undo the normalisation of spectrograms of any shape; without ``mean`` and ``std`` there is none."""
+        return log_mel if self.mean is None or self.std is None else log_mel * (2 * self.std) + self.mean
 
     def num_frames(self, samples: int) -> int:
         """Frames that a clip of ``samples`` samples gives."""
@@ -187,13 +192,18 @@ class LogMel(nn.Module):
                 raise ValueError(f"lengths must be within [0, {samples}], the waveform's samples, got {wrong.tolist()}")
 
 
+def hz_to_mel(hz: float) -> float:
+    """Place of a frequency on Kaldi's mel scale."""
+    return 1127.0 * math.log(1.0 + hz / 700.0)
+
+
 def mel_filters(num_mels: int, fft_size: int, sample_rate: float, low_hz: float, high_hz: float) -> Tensor:
     """Kaldi's triangular mel filters, (fft_size / 2 + 1, num_mels) in float32; the Nyquist bin has no weight.
 
     They are computed in float32 as in Kaldi and torchaudio, to the bit: in float64 a weight near a filter's corner
     would differ by 1e-3 of itself.
     """
-    low, high = (1127.0 * math.log(1.0 + hz / 700.0) for hz in (low_hz, high_hz))
+    low, high = hz_to_mel(low_hz), hz_to_mel(high_hz)
     corners = low + torch.arange(num_mels + 2) * ((high - low) / (num_mels + 1))
     left, centre, right = corners[:-2], corners[1:-1], corners[2:]
     bin_hz = sample_rate / fft_size * torch.arange(fft_size // 2, dtype=torch.float32)

@@ -200,21 +200,14 @@ def describe_operators(config: PretrainConfig, ranks: Ranks) -> list[str]:
     return [f"operator {name}: {form}" for name, form in forms.items()]
 
 
-def draw_examples(config: PretrainConfig, run: Run, count: int = 4) -> Figure:
+def draw_examples(run: Run, count: int = 4) -> Figure:
     """Draw reconstructions of clips spread over the data, the same crops and masks at every call."""
     trainer = run.trainer
     clips = sorted({index * len(run.dataset) // count for index in range(count)})
     waveform, pairs = default_collate([run.dataset[0, clip] for clip in clips])
     spec, mask = trainer.prepare(waveform, pairs)
-    return reconstruction_examples(
-        trainer.model,
-        spec,
-        mask,
-        mean=config.mean,
-        std=config.std,
-        names=[Path(run.dataset.manifest.path(clip)).stem for clip in clips],
-        sample_rate=config.sample_rate,
-    )
+    names = [Path(run.dataset.manifest.path(clip)).stem for clip in clips]
+    return reconstruction_examples(trainer.model, trainer.front_end, spec, mask, names=names)
 
 
 def train(config: PretrainConfig, ranks: Ranks, run: Run, log: RunLog | NullLog) -> None:
@@ -237,7 +230,7 @@ def train(config: PretrainConfig, ranks: Ranks, run: Run, log: RunLog | NullLog)
         if ranks.main and (last or epoch % config.save_every == 0):
             save_state(config, trainer.model, trainer.optimizer, epoch)
         if ranks.main and config.picture_every and (last or epoch % config.picture_every == 0):
-            log.picture("reconstruction", draw_examples(config, run), epoch * steps)
+            log.picture("reconstruction", draw_examples(run), epoch * steps)
     ranks.barrier()
     if result is None:
         log.message(f"nothing to do: all {config.epochs} epochs are done")

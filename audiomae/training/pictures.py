@@ -12,6 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from audiomae.checkpoints.files import replacing
+from audiomae.frontend import LogMel, hz_to_mel
 from audiomae.grid import PatchGrid
 from audiomae.masking import PatchMask
 from audiomae.model import AudioMAE
@@ -104,17 +106,12 @@ def reconstruction_figure(
 
 def reconstruction_examples(
     model: AudioMAE,
+    front_end: LogMel,
     spec: Tensor,
     mask: PatchMask,
     *,
-    mean: float,
-    std: float,
     names: Sequence[str] | None = None,
     max_clips: int = 4,
-    sample_rate: int = 16000,
-    hop_ms: float = 10.0,
-    low_hz: float = 20.0,
-    high_hz: float | None = None,
 ) -> Figure:
     """Let a model reconstruct the first clips of a batch, and draw them in log-mel units.
 
@@ -123,16 +120,11 @@ def reconstruction_examples(
 
     Args:
         model: The model itself, neither compiled nor wrapped.
-        spec: Normalised spectrograms ``(B, 1, frames, mel bins)``, on the device of the model.
+        front_end: What made the spectrograms.
+        spec: Spectrograms ``(B, 1, frames, mel bins)``, on the device of the model.
         mask: Of the whole batch, on the same device.
-        mean: The log-mel mean that was subtracted.
-        std: Half of what the spectrograms were divided by: ``x * 2 * std + mean`` undoes it.
         names: One for each clip of the batch.
         max_clips: Rows to draw at most.
-        sample_rate: See :func:`reconstruction_figure`, also for the rest.
-        hop_ms: Milliseconds from one frame to the next.
-        low_hz: Lower edge of the lowest mel filter.
-        high_hz: Upper edge of the highest one.
 
     Raises:
         ValueError: Spectrograms of several channels, or shapes that do not go together.
@@ -148,7 +140,7 @@ def reconstruction_examples(
     finally:
         for module, training in modes:
             module.training = training
-    original, reconstruction = (x.float().squeeze(1) * 2 * std + mean for x in (spec, reconstruction))
+    original, reconstruction = (front_end.denormalize(x.float().squeeze(1)) for x in (spec, reconstruction))
     return reconstruction_figure(
         original,
         reconstruction,
@@ -156,10 +148,10 @@ def reconstruction_examples(
         model.grid,
         names=None if names is None else names[:max_clips],
         reconstruction_title=f"reconstruction{' (true patch mean and std)' * model.config.norm_target}",
-        sample_rate=sample_rate,
-        hop_ms=hop_ms,
-        low_hz=low_hz,
-        high_hz=high_hz,
+        sample_rate=front_end.sample_rate,
+        hop_ms=front_end.hop_ms,
+        low_hz=front_end.low_hz,
+        high_hz=front_end.high_hz,
     )
 
 
@@ -172,11 +164,11 @@ def covered(patches: Tensor, grid: PatchGrid) -> Tensor:
 def frequency_ticks(num_mels: int, low_hz: float, high_hz: float) -> dict[str, float]:
     """The mel bins, counted from 0, whose centres lie at round frequencies, by the frequency's name.
 
-    Kaldi's centres divide ``[low_hz, high_hz]`` into ``num_mels + 1`` equal parts of mel = 1127 ln(1 + Hz / 700).
+    Kaldi's centres divide ``[low_hz, high_hz]`` into ``num_mels + 1`` equal parts on the mel scale.
     """
-    low, high = (1127 * math.log1p(hz / 700) for hz in (low_hz, high_hz))
+    low, high = hz_to_mel(low_hz), hz_to_mel(high_hz)
     names = {"250 Hz": 250, "500 Hz": 500, **{f"{khz} kHz": khz * 1000 for khz in (1, 2, 4, 8, 16)}}
-    bins = {name: (1127 * math.log1p(hz / 700) - low) / (high - low) * (num_mels + 1) - 1 for name, hz in names.items()}
+    bins = {name: (hz_to_mel(hz) - low) / (high - low) * (num_mels + 1) - 1 for name, hz in names.items()}
     return {name: place for name, place in bins.items() if 0 <= place <= num_mels - 1}
 
 
@@ -184,12 +176,8 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Save a figure in the format of the path's suffix; a crash leaves the old file or the new one, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as temporary:
         FigureCanvasAgg(figure).print_figure(temporary, format=path.suffix[1:])
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def figure_to_array(figure: Figure) -> np.ndarray:

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from audiomae import AudioMAE, AudioMAEConfig, PatchGrid, PatchMask
+from audiomae import AudioMAE, AudioMAEConfig, LogMel, PatchGrid, PatchMask
 from audiomae.frontend import mel_filters
 from audiomae.training.pictures import (
     covered,
@@ -212,7 +212,7 @@ def test_examples_of_a_model(clips, rows, norm_target):
     model.encoder.eval()
     modes = [module.training for module in model.modules()]
     names = [f"clip {clip}" for clip in range(clips)]
-    figure = reconstruction_examples(model, spec, mask, mean=mean, std=std, names=names, max_clips=2)
+    figure = reconstruction_examples(model, LogMel(mean=mean, std=std), spec, mask, names=names, max_clips=2)
     assert [module.training for module in model.modules()] == modes
     assert [axis.get_ylabel() for axis in panels(figure)[:, 0]] == names[:rows]
     title = panels(figure)[0, 2].get_title()
@@ -235,7 +235,7 @@ def test_a_model_that_fails_gets_its_mode_back():
     model = small_model().train()
     mask = PatchMask.random(torch.arange(2), model.grid, 0.5)
     with pytest.raises(ValueError, match="spec"):
-        reconstruction_examples(model, torch.zeros(2, 3, 48, 32), mask, mean=0.0, std=1.0)
+        reconstruction_examples(model, LogMel(), torch.zeros(2, 3, 48, 32), mask)
     with pytest.raises((ValueError, RuntimeError)):
-        reconstruction_examples(model, torch.zeros(2, 1, 40, 32), mask, mean=0.0, std=1.0)
+        reconstruction_examples(model, LogMel(), torch.zeros(2, 1, 40, 32), mask)
     assert all(module.training for module in model.modules())
