@@ -27,7 +27,7 @@ from audiomae.data import ClipBatches, ClipDataset, ClipError, read_manifest
 from audiomae.frontend import LogMel
 from audiomae.model import AudioMAE
 from audiomae.recipes import PRETRAIN_RECIPES
-from audiomae.training.config import PretrainConfig
+from audiomae.training.config import PretrainConfig, SetupError
 from audiomae.training.distributed import Ranks, is_main_process, join_ranks
 from audiomae.training.logging import NullLog, RunLog
 from audiomae.training.loop import Pretrainer, check_mask, uses_bf16
@@ -40,7 +40,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> PretrainConfig:
     """Read the command line: a first pass finds the recipe, a second one the flags over it.
 
     Raises:
-        ValueError: An unknown recipe or size, or a setting out of range.
+        SetupError: An unknown recipe, variant or size.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -49,10 +49,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> PretrainConfig:
     first.add_argument("--size")
     chosen, _ = first.parse_known_args(arguments)
     if chosen.recipe not in PRETRAIN_RECIPES:
-        raise ValueError(f"recipe is {chosen.recipe!r}, expected one of {', '.join(PRETRAIN_RECIPES)}")
-    config = PRETRAIN_RECIPES[chosen.recipe](chosen.variant)
-    if chosen.size is not None:
-        config = replace(config, size=chosen.size, model=config.model.resized(chosen.size))
+        raise SetupError(f"recipe is {chosen.recipe!r}, expected one of {', '.join(PRETRAIN_RECIPES)}")
+    try:
+        config = PRETRAIN_RECIPES[chosen.recipe](chosen.variant)
+        if chosen.size is not None:
+            config = replace(config, size=chosen.size, model=config.model.resized(chosen.size))
+    except ValueError as error:
+        raise SetupError(str(error)) from error
     return tyro.cli(
         PretrainConfig,
         default=config,
@@ -84,7 +87,7 @@ def build_together(config: PretrainConfig, ranks: Ranks) -> Run:
     """Build a run on every rank. What is wrong on one of them, which may be on another machine, stops all.
 
     Raises:
-        ValueError: What any rank found to be wrong, or ranks that go on from different epochs.
+        SetupError: What any rank found to be wrong, or ranks that go on from different epochs.
     """
     run, error = None, None
     try:
@@ -93,10 +96,10 @@ def build_together(config: PretrainConfig, ranks: Ranks) -> Run:
         error = str(caught)
     errors = dict.fromkeys(text for text in ranks.gather(error) if text is not None)
     if run is None or errors:
-        raise ValueError("; ".join(errors))
+        raise SetupError("; ".join(errors))
     epochs = ranks.gather(run.epochs_done)
     if len(set(epochs)) > 1:
-        raise ValueError(f"ranks go on from epochs {epochs}: expected one output folder that all machines share")
+        raise SetupError(f"ranks go on from epochs {epochs}: expected one output folder that all machines share")
     return run
 
 
@@ -252,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     train(config, ranks, run, log)
             except (OSError, FloatingPointError) as error:
                 end_rank(ranks, error)
-    except (ValueError, OSError) as error:  # the same on all ranks
+    except SetupError as error:  # the same on all ranks
         if is_main_process():
             print(f"audiomae.pretrain: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -15,10 +15,15 @@ def pretrain_audioset(variant: str = "paper") -> PretrainConfig:
         variant: ``"paper"``: its table 3. ``"released"``: its code, which trains for 33 epochs to a learning rate of
             0, draws the gain from Beta(10, 10) + 0.5, has dropout in the position bias, positions on a transposed
             grid, and does not move the crop (its cyclic roll draws from the wrong axis, and clips last 10 s).
+
+    Raises:
+        ValueError: Another variant.
     """
     paper = PretrainConfig(recipe="pretrain-audioset", output_dir=Path("runs/pretrain-audioset"))
     if variant == "paper":
         return paper
+    if variant != "released":
+        raise ValueError(f"variant is {variant!r}, expected 'paper' or 'released'")
     return replace(
         paper,
         variant="released",

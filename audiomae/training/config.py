@@ -7,6 +7,10 @@ from typing import Literal
 from audiomae.model import AudioMAEConfig
 
 
+class SetupError(ValueError):
+    """What is wrong with a run, found before any work."""
+
+
 @dataclass(frozen=True)
 class PretrainConfig:
     """Settings of a pre-training run. A recipe gives them all; flags change single ones."""

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from audiomae.training.config import SetupError
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -66,7 +68,7 @@ def join_ranks(device: str) -> Iterator[Ranks]:
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``. Ranks talk through NCCL on GPUs and gloo on CPUs.
 
     Raises:
-        ValueError: ``"cuda"`` without a GPU, or fewer GPUs than processes on this machine.
+        SetupError: ``"cuda"`` without a GPU, or fewer GPUs than processes on this machine.
     """
     rank, world_size, local_rank, local_world_size = (
         int(os.environ.get(name, default))
@@ -74,10 +76,10 @@ def join_ranks(device: str) -> Iterator[Ranks]:
     )
     gpus = torch.cuda.device_count()
     if device == "cuda" and not gpus:
-        raise ValueError("device is cuda, but PyTorch sees no GPU here")
+        raise SetupError("device is cuda, but PyTorch sees no GPU here")
     on_gpu = gpus > 0 and device != "cpu"
     if on_gpu and local_world_size > gpus:  # asked of all, so that every rank gives up
-        raise ValueError(f"{local_world_size} processes on this machine, but it has {gpus} GPUs: start one for each")
+        raise SetupError(f"{local_world_size} processes on this machine, but it has {gpus} GPUs: start one for each")
     chosen = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(chosen)

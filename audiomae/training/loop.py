@@ -107,12 +107,12 @@ class Pretrainer:
         self.front_end, self.batches, self.loader = front_end, batches, loader
         self.steps_per_epoch = batches.steps
         self.precision = torch.bfloat16 if uses_bf16(config, ranks.device) else torch.float32
-        # torch.compile and DistributedDataParallel keep the call of the model that they wrap.
-        self.parallel: Any = torch.compile(model) if config.compile else model
+        # Both wrappers are called as the model is.
+        self.replica: Any = model
         if ranks.world_size > 1:
-            self.parallel = DistributedDataParallel(
-                self.parallel, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            self.replica = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        # Compiled from outside, so that the compiler splits the backward where gradients are reduced.
+        self.compiled: Any = torch.compile(self.replica) if config.compile else self.replica
 
     def run_epoch(self, epoch: int, log: RunLog | NullLog) -> EpochResult:
         """Train for one epoch; nothing waits for the device but logged steps, and the last step is always logged.
@@ -183,10 +183,10 @@ class Pretrainer:
         for micro, (waveform, pairs) in enumerate(batch):
             spec, mask = self.prepare(waveform, pairs)
             # All gradients are reduced once, in the backward of the last micro-batch.
-            syncs = micro + 1 == count or not isinstance(self.parallel, DistributedDataParallel)
-            with nullcontext() if syncs else self.parallel.no_sync():
+            syncs = micro + 1 == count or self.ranks.world_size == 1
+            with nullcontext() if syncs else self.replica.no_sync():
                 with torch.autocast(self.ranks.device.type, self.precision, enabled=self.precision != torch.float32):
-                    micro_loss = self.parallel(spec, mask).loss / count
+                    micro_loss = self.compiled(spec, mask).loss / count
                 micro_loss.backward()
             loss += micro_loss.detach()
             if with_baseline_loss:
