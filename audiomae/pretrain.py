@@ -125,19 +125,26 @@ def build(config: PretrainConfig, ranks: Ranks) -> Run:
     torch.manual_seed(config.seed)
     model = AudioMAE(config.model, impl="auto" if config.fused else "reference")
     check_mask(config, model.grid)
-    notes = [] if config.init_from is None else start_encoder(model.encoder, config.init_from)
+    notes = []
+    if config.init_from is not None:
+        notes = [f"encoder starts from {config.init_from}", *start_encoder(model.encoder, config.init_from)]
     model.to(ranks.device)
     optimizer = build_adamw(model, lr=config.peak_lr, weight_decay=config.weight_decay, betas=config.betas)
     epochs_done = 0
     if checkpoint is not None:
-        epochs_done, changes = load_state(checkpoint, config, model, optimizer)
-        notes += [f"resumed from {checkpoint}: {epochs_done} of {config.epochs} epochs are done", *changes]
+        epochs_done, changes = load_state(checkpoint, config, model, optimizer, steps_per_epoch=batches.steps)
+        notes += [f"resumed from {checkpoint}, after epoch {epochs_done}", *changes]
 
     frames, num_mels = config.model.spec_size
     front_end = LogMel(config.sample_rate, num_mels, mean=config.mean, std=config.std).to(ranks.device)
     samples = front_end.num_samples(frames)
     if config.clip_seconds is not None:
-        samples = min(samples, round(config.clip_seconds * config.sample_rate))
+        if config.clip_seconds * config.sample_rate > samples:
+            raise ValueError(
+                f"clip_seconds is {config.clip_seconds}, expected at most the {samples / config.sample_rate:.4g} s of "
+                f"{frames} frames: model.spec-size sets how many there are"
+            )
+        samples = round(config.clip_seconds * config.sample_rate)
     if front_end.num_frames(samples) < config.model.patch_size[0]:
         raise ValueError(
             f"clip_seconds is {config.clip_seconds}: {front_end.num_frames(samples)} frames, "
@@ -186,8 +193,9 @@ def describe(config: PretrainConfig, ranks: Ranks, dataset: ClipDataset, trainer
     """Tell what a run is."""
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     return [
-        f"recipe {config.recipe} ({config.variant}): {len(dataset)} clips, {config.epochs} epochs of "
-        f"{trainer.steps_per_epoch} steps of {config.batch_size} crops of {dataset.samples / config.sample_rate:.4g} s",
+        f"recipe {config.recipe} ({config.variant}): {len(dataset)} clips x {config.repeats}, "
+        f"{config.epochs} epochs of {trainer.steps_per_epoch} steps of {config.batch_size} crops "
+        f"of {dataset.samples / config.sample_rate:.4g} s",
         f"model: {parameters / 1e6:.1f} M parameters, {config.model.decoder} decoder, "
         f"{'bf16' if uses_bf16(config, ranks.device) else 'fp32'} on {ranks.world_size} x {ranks.device.type}",
         *describe_operators(config, ranks),
@@ -218,6 +226,9 @@ def train(config: PretrainConfig, ranks: Ranks, run: Run, log: RunLog | NullLog)
     trainer, steps = run.trainer, run.trainer.steps_per_epoch
     for note in run.notes:
         log.message(note)
+    if run.epochs_done >= config.epochs:
+        log.message(f"nothing to do: the {config.epochs} epochs of the run are done")
+        return
     if ranks.main:
         save_settings(config)
     log.start(
@@ -226,22 +237,20 @@ def train(config: PretrainConfig, ranks: Ranks, run: Run, log: RunLog | NullLog)
         steps_per_epoch=steps,
         epochs=config.epochs,
     )
-    result = None
     for epoch in range(run.epochs_done + 1, config.epochs + 1):
         result = trainer.run_epoch(epoch - 1, log)
         last = epoch == config.epochs
         if ranks.main and (last or epoch % config.save_every == 0):
-            save_state(config, trainer.model, trainer.optimizer, epoch)
+            save_state(config, trainer.model, trainer.optimizer, epochs_done=epoch, steps_per_epoch=steps)
         if ranks.main and config.picture_every and (last or epoch % config.picture_every == 0):
             log.picture("reconstruction", draw_examples(run), epoch * steps)
+        if last:
+            log.message(
+                f"loss over the last epoch: {result.loss:.4f}; "
+                f"the mean of every patch scores {result.baseline_loss:.4f}\n"
+                f"weights, log, pictures and checkpoint are in {config.output_dir}"
+            )
     ranks.barrier()
-    if result is None:
-        log.message(f"nothing to do: all {config.epochs} epochs are done")
-    else:
-        log.message(
-            f"loss over the last epoch: {result.loss:.4f}; the mean of every patch scores {result.baseline_loss:.4f}\n"
-            f"weights, log, pictures and checkpoint are in {config.output_dir}"
-        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -259,6 +268,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if is_main_process():
             print(f"audiomae.pretrain: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        if is_main_process():
+            print("audiomae.pretrain: interrupted; --resume auto goes on after the last saved epoch", file=sys.stderr)
+        sys.exit(130)
 
 
 def end_rank(ranks: Ranks, error: Exception) -> NoReturn:

@@ -62,7 +62,7 @@ class PretrainConfig:
     sample_rate: int = 16_000
     """Sample rate that clips are read at, Hz."""
     clip_seconds: float | None = 10.0
-    """Length of the random crop, s; the spectrogram is padded to its frames. None: what fills the frames."""
+    """Length of the crop, s, at most what the frames hold; they are padded to their number. None: what fills them."""
     crop: Literal["random", "start"] = "random"
     """Start of the crop: anywhere, going round at the end, or the clip's first sample."""
     gain: Literal["uniform", "beta"] = "uniform"
@@ -126,7 +126,8 @@ class PretrainConfig:
             raise ValueError(f"workers is {self.workers}, expected at least 0")
         if self.warmup_epochs > self.epochs:
             raise ValueError(
-                f"warmup_epochs is {self.warmup_epochs}, expected at most the {self.epochs} epochs of the run"
+                f"warmup_epochs is {self.warmup_epochs}, expected at most the {self.epochs} epochs of the run: "
+                "lower both"
             )
         if self.seed >= 2**63:
             raise ValueError(f"seed is {self.seed}, expected less than 2**63")

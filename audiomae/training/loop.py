@@ -1,5 +1,6 @@
 """The pre-training loop."""
 
+import inspect
 import math
 import time
 from collections.abc import Sequence
@@ -21,6 +22,13 @@ from audiomae.training.config import PretrainConfig
 from audiomae.training.distributed import Ranks
 from audiomae.training.logging import NullLog, RunLog
 from audiomae.training.optimizer import cosine_lr
+
+# Buffers are constant. PyTorch 2.13 gave the setting that sends them in every forward a new name.
+SYNC_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
 
 
 def uses_bf16(config: PretrainConfig, device: torch.device) -> bool:
@@ -110,7 +118,8 @@ class Pretrainer:
         # Both wrappers are called as the model is.
         self.replica: Any = model
         if ranks.world_size > 1:
-            self.replica = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+            options: dict[str, Any] = {SYNC_BUFFERS: False, "gradient_as_bucket_view": True}
+            self.replica = DistributedDataParallel(model, **options)
         # Compiled from outside, so that the compiler splits the backward where gradients are reduced.
         self.compiled: Any = torch.compile(self.replica) if config.compile else self.replica
 

@@ -14,6 +14,7 @@ from audiomae.checkpoints.shapes import check_state
 from audiomae.model import AudioMAE
 from audiomae.training.config import PretrainConfig
 
+LOG = "log.jsonl"
 LAST = "checkpoint-last.pt"
 WEIGHTS = "weights.safetensors"
 SETTINGS = "config.json"
@@ -27,7 +28,7 @@ def find_checkpoint(config: PretrainConfig) -> Path | None:
 
     Raises:
         FileNotFoundError: ``resume`` names a file that does not exist.
-        FileExistsError: The output folder holds another run, which this one would overwrite.
+        FileExistsError: The output folder holds another run, or its log, which this one would overwrite.
         CheckpointError: ``resume`` names a file of weights alone.
     """
     last = config.output_dir / LAST
@@ -38,11 +39,16 @@ def find_checkpoint(config: PretrainConfig) -> Path | None:
         raise FileNotFoundError(f"no checkpoint at {chosen}, expected a file that an earlier run saved")
     if chosen is not None and chosen.suffix == ".safetensors":
         raise CheckpointError(f"{chosen} holds weights alone, expected a {LAST}: start from weights with --init-from")
-    if last.exists() and (chosen is None or chosen.resolve().parent != config.output_dir.resolve()):
+    used = last.exists() or _has_lines(config.output_dir / LOG)
+    if used and (chosen is None or chosen.resolve().parent != config.output_dir.resolve()):
         raise FileExistsError(
             f"{config.output_dir} holds a run already: go on with --resume auto, or choose another --output-dir"
         )
     return chosen
+
+
+def _has_lines(log: Path) -> bool:
+    return log.exists() and log.stat().st_size > 0
 
 
 def settings_of(config: PretrainConfig) -> dict[str, Any]:
@@ -56,7 +62,14 @@ def save_settings(config: PretrainConfig) -> None:
         temporary.write_text(json.dumps(settings_of(config), indent=2) + "\n")
 
 
-def save_state(config: PretrainConfig, model: AudioMAE, optimizer: torch.optim.Optimizer, epochs_done: int) -> None:
+def save_state(
+    config: PretrainConfig,
+    model: AudioMAE,
+    optimizer: torch.optim.Optimizer,
+    *,
+    epochs_done: int,
+    steps_per_epoch: int,
+) -> None:
     """Save the state of a run after an epoch, and its weights as safetensors.
 
     Files appear whole or not at all. Everything random in an epoch is drawn from the seed and the epoch's number, so
@@ -67,6 +80,7 @@ def save_state(config: PretrainConfig, model: AudioMAE, optimizer: torch.optim.O
         model: Its model.
         optimizer: Its optimiser.
         epochs_done: Epochs trained so far.
+        steps_per_epoch: Steps that each of them took.
     """
     state = {
         "settings": settings_of(config),
@@ -74,6 +88,7 @@ def save_state(config: PretrainConfig, model: AudioMAE, optimizer: torch.optim.O
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "epochs_done": epochs_done,
+        "steps_per_epoch": steps_per_epoch,
     }
     folder = config.output_dir
     with replacing(folder / LAST) as temporary:
@@ -85,7 +100,7 @@ def save_state(config: PretrainConfig, model: AudioMAE, optimizer: torch.optim.O
 
 
 def load_state(
-    path: Path, config: PretrainConfig, model: AudioMAE, optimizer: torch.optim.Optimizer
+    path: Path, config: PretrainConfig, model: AudioMAE, optimizer: torch.optim.Optimizer, *, steps_per_epoch: int
 ) -> tuple[int, list[str]]:
     """Load the state of a run into its model and optimiser. Settings of the optimiser stay as ``config`` has them.
 
@@ -94,15 +109,24 @@ def load_state(
         config: The run that goes on.
         model: Its model.
         optimizer: Its optimiser.
+        steps_per_epoch: Steps that an epoch of it takes.
 
     Returns:
         The epochs that the state has behind it, and a line for each setting that has changed since.
 
     Raises:
-        CheckpointError: The file is broken, not the state of a run, or that of another model.
+        CheckpointError: The file is broken, not the state of a run, that of another model, or of epochs of another
+            length, from which steps could not be counted on.
     """
     state = load_pickle(path)
-    kinds = {"settings": dict, "config": dict, "model": dict, "optimizer": dict, "epochs_done": int}
+    kinds = {
+        "settings": dict,
+        "config": dict,
+        "model": dict,
+        "optimizer": dict,
+        "epochs_done": int,
+        "steps_per_epoch": int,
+    }
     for key, kind in kinds.items():
         if not isinstance(state.get(key), kind):
             raise CheckpointError(f"{path} is not the state of a run: it has no {key}")
@@ -110,6 +134,11 @@ def load_state(
     other_model = _differences(saved.get("model") or {}, wanted["model"])
     if other_model:
         raise CheckpointError(f"{path} is the state of another model: {', '.join(other_model)}")
+    if state["steps_per_epoch"] != steps_per_epoch:
+        raise CheckpointError(
+            f"{path} counts {state['steps_per_epoch']} steps an epoch, this run {steps_per_epoch}: "
+            "go on with the data, batch size and repeats of the checkpoint, or start anew with --init-from"
+        )
     try:
         check_state(model.config, state["model"])
         groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]

@@ -87,7 +87,7 @@ def test_resume_auto_continues_in_place_and_knows_the_end(
     assert [record["step"] for record in log] == list(range(1, 10))
     torch.testing.assert_close(losses(log), losses(read_log(trained)), rtol=0, atol=0)
     run(output, "--epochs", "3", "--resume", "auto")
-    assert "nothing to do: all 3 epochs are done" in capsys.readouterr().err
+    assert "nothing to do: the 3 epochs of the run are done" in capsys.readouterr().err
 
 
 def test_accumulation_and_workers_do_not_change_the_run(trained: Path, tmp_path: Path) -> None:
@@ -223,6 +223,8 @@ def write_broken_inputs(folder: Path) -> None:
     (folder / "text.pth").write_text("<html>not found</html>")
     torch.save({"model": {"encoder.norm.weight": torch.ones(3)}}, folder / "other.pth")
     (folder / "used").mkdir()
+    (folder / "logged").mkdir()
+    (folder / "logged" / "log.jsonl").write_text('{"step": 1}\n')
     (folder / "used" / "checkpoint-last.pt").write_bytes(b"")
 
 
@@ -237,6 +239,8 @@ def write_broken_inputs(folder: Path) -> None:
         ("--batch-size 500", "batch of 500 clips, but the manifest has 126"),
         ("--accumulation 4", "a rank's 42 clips of a batch cannot be split into 4 equal parts"),
         ("--clip-seconds 0.01", "clip_seconds is 0.01: 0 frames, expected at least the 16 of a patch"),
+        ("--clip-seconds 20", "clip_seconds is 20.0, expected at most the 0.655 s of 64 frames"),
+        ("--output-dir {folder}/logged", "logged holds a run already"),
         ("--variant released", "recipe demo has no variant 'released'"),
         ("--mask-ratio 0.99", "a mask ratio of 0.99 keeps 0 of 32"),
         ("--mask-ratio 0.0", "a mask ratio of 0.0 keeps 32 of 32"),
@@ -270,6 +274,15 @@ def test_what_is_wrong_ends_in_one_line_before_any_work(
     assert printed.startswith("audiomae.pretrain: error: ")
     assert message in printed
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_resume_refuses_epochs_of_another_length(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = str(trained / "checkpoint-last.pt")
+    with pytest.raises(SystemExit):
+        main([*TINY, "--output-dir", str(tmp_path), "--resume", checkpoint, "--batch-size", "21"])
+    assert "counts 3 steps an epoch, this run 6: go on with the data, batch size" in capsys.readouterr().err
 
 
 def test_resume_refuses_another_model(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

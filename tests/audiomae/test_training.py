@@ -90,7 +90,7 @@ def test_released_variant_differs_where_the_code_does() -> None:
         ({"epochs": 0}, "epochs is 0, expected more than 0"),
         ({"weight_decay": -1.0}, "weight_decay is -1.0, expected at least 0"),
         ({"clip_grad": 0.0}, "clip_grad is 0.0, expected more than 0"),
-        ({"warmup_epochs": 40.0}, "warmup_epochs is 40.0, expected at most the 32 epochs of the run"),
+        ({"warmup_epochs": 40.0}, "warmup_epochs is 40.0, expected at most the 32 epochs of the run: lower both"),
         ({"workers": -1}, "workers is -1, expected at least 0"),
         ({"model": AudioMAEConfig(in_channels=3)}, "model.in_channels is 3, expected 1"),
     ],
