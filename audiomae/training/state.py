@@ -130,8 +130,7 @@ def load_state(
     for key, kind in kinds.items():
         if not isinstance(state.get(key), kind):
             raise CheckpointError(f"{path} is not the state of a run: it has no {key}")
-    saved, wanted = state["settings"], settings_of(config)
-    other_model = _differences(saved.get("model") or {}, wanted["model"])
+    other_model = _differences(state["config"], model.config.to_dict())
     if other_model:
         raise CheckpointError(f"{path} is the state of another model: {', '.join(other_model)}")
     if state["steps_per_epoch"] != steps_per_epoch:
@@ -150,7 +149,8 @@ def load_state(
     model.load_state_dict(state["model"])
     for group, settings in zip(optimizer.param_groups, groups, strict=True):
         group.update(settings)
-    changed = _differences(saved, {k: v for k, v in wanted.items() if k not in FREE_SETTINGS})
+    compared = {k: v for k, v in settings_of(config).items() if k not in FREE_SETTINGS}
+    changed = _differences(state["settings"], compared)
     return state["epochs_done"], [f"changed since the checkpoint: {line}" for line in changed]
 
 

@@ -98,3 +98,18 @@ def test_a_mask_token_may_have_any_shape(shape):
 def test_wrong_arguments_are_refused(changes, message):
     with pytest.raises(ValueError, match=f"^restore_tokens: {message}$"):
         CALLS["restore_tokens"](**changes)
+
+
+@pytest.mark.parametrize("has_position", [False, True])
+@pytest.mark.parametrize("tokens_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("keep_cls", [False, True])
+def test_forms_agree_on_the_dtype_of_mixed_inputs(has_position, tokens_dtype, keep_cls):
+    tokens = torch.randn(2, 4, 6).to(tokens_dtype)
+    position = torch.randn(8, 6) if has_position else None
+    ids_restore = torch.stack([torch.randperm(7), torch.randperm(7)])
+    outputs = [
+        restore_tokens(tokens, ids_restore, torch.randn(6), position, keep_cls=keep_cls, impl=impl)
+        for impl in torch_forms("restore_tokens")
+    ]
+    assert len(outputs) > 1
+    assert {output.dtype for output in outputs} == {torch.float32}

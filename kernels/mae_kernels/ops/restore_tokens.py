@@ -57,8 +57,9 @@ def overwrite(
         visible = torch.cat([cls if cls_position is None else cls + cls_position, visible], dim=1)
         length += 1
         fill = F.pad(fill.expand(length - 1, -1), (0, 0, 1, 0))
-    rows = fill.to(visible.dtype).expand(batch, length, -1).flatten(0, 1)
-    rows = rows.index_copy(0, flat_ids(ids_keep, length), visible.flatten(0, 1))
+    dtype = torch.promote_types(visible.dtype, fill.dtype)
+    rows = fill.to(dtype).expand(batch, length, -1).flatten(0, 1)
+    rows = rows.index_copy(0, flat_ids(ids_keep, length), visible.to(dtype).flatten(0, 1))
     return rows.unflatten(0, (batch, length))
 
 
