@@ -1,6 +1,7 @@
 """Which form of an operator runs: the one place that reads ``impl``."""
 
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 import torch
@@ -9,6 +10,10 @@ Impl = Literal["reference", "torch", "triton", "auto"]
 
 # Seeds and ids are int64; all else that operators stream is floating.
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64)
+
+
+# Triton comes with PyTorch on Linux.
+_HAS_TRITON = find_spec("triton") is not None
 
 
 def check_impl(impl: str) -> None:
@@ -22,8 +27,8 @@ def resolve_form(
 ) -> str:
     """Name the form of ``operator`` that ``impl`` means for tensors of this device and dtype.
 
-    ``"auto"`` is Triton on GPUs but for float64, else the PyTorch form of the fused algorithm, else
-    the reference. Any other name is taken literally.
+    ``"auto"`` is Triton on GPUs but for float64 and where triton is missing, else the PyTorch form of the fused
+    algorithm, else the reference. Any other name is taken literally.
 
     Args:
         operator: Name that starts the error line.
@@ -38,7 +43,7 @@ def resolve_form(
     """
     check_impl(impl)
     if impl == "auto":
-        if "triton" in forms and device_type == "cuda" and dtype in _TRITON_DTYPES:
+        if "triton" in forms and device_type == "cuda" and dtype in _TRITON_DTYPES and _HAS_TRITON:
             return "triton"
         return "torch" if "torch" in forms else "reference"
     if impl not in forms:
@@ -51,5 +56,28 @@ def resolve_form(
 def select(
     operator: str, forms: Mapping[str, Callable[..., Any]], impl: str, tensor: torch.Tensor
 ) -> Callable[..., Any]:
-    """Return the function of :func:`resolve_form` for a tensor."""
-    return forms[resolve_form(operator, forms, impl, device_type=tensor.device.type, dtype=tensor.dtype)]
+    """Return the function of :func:`resolve_form` for a tensor.
+
+    Raises:
+        ImportError: Triton is asked for and not installed.
+        TypeError: Triton is asked for and does not compute in the tensor's dtype.
+        ValueError: Triton is asked for and does not run on the tensor's device.
+    """
+    form = resolve_form(operator, forms, impl, device_type=tensor.device.type, dtype=tensor.dtype)
+    if form == "triton":
+        _check_triton(operator, tensor)
+    return forms[form]
+
+
+def _check_triton(operator: str, tensor: torch.Tensor) -> None:
+    if not _HAS_TRITON:
+        raise ImportError(f"{operator}: impl is 'triton', which needs the package triton")
+    if tensor.dtype not in _TRITON_DTYPES:
+        raise TypeError(f"{operator}: impl is 'triton' for {tensor.dtype}, expected float32, bfloat16 or float16")
+    if tensor.device.type not in ("cuda", "meta"):
+        from mae_kernels.kernels._registration import INTERPRETED
+
+        if not INTERPRETED:
+            raise ValueError(
+                f"{operator}: impl is 'triton' for tensors on {tensor.device.type}, expected a CUDA or ROCm device"
+            )

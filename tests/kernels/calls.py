@@ -21,6 +21,16 @@ class Call:
     def to(self, dtype: torch.dtype) -> "Call":
         return replace(self, tensors={n: t.to(dtype) if t.is_floating_point() else t for n, t in self.tensors.items()})
 
+    def on(self, device: str) -> "Call":
+        return replace(self, tensors={name: tensor.to(device) for name, tensor in self.tensors.items()})
+
+
+KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where Triton's kernels run: compiled on a GPU, otherwise interpreted."""
+
+KERNEL_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+"""What Triton's kernels compute in."""
+
 
 def torch_forms(operator: str) -> list[str]:
     """The forms that run on CPU tensors of any dtype."""

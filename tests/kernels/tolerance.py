@@ -9,6 +9,9 @@ from torch import Tensor
 # The error that a result may have, as a norm over all its values and relative to the truth's: some roundings.
 RELATIVE_ERROR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 4 * 2**-11, torch.bfloat16: 4 * 2**-8}
 
+# What a kernel may be off by, besides twice what PyTorch is in the same dtype: a rounding of the largest value.
+KERNEL_ERROR = {torch.float32: 2**-20, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+
 SIGMAS = 5
 """Standard deviations by which a count may miss its mean: one in 1.7 million draws misses by more."""
 
@@ -37,7 +40,7 @@ def with_gradients(
     if isinstance(outputs, Tensor):
         outputs = (outputs,)
     generator = torch.Generator().manual_seed(seed)
-    upstream = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
+    upstream = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs]
     inputs = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
     if any(output.requires_grad for output in outputs):
         gradients = torch.autograd.grad(
@@ -62,3 +65,32 @@ def assert_same_function(
     results, expected = with_gradients(actual, tensors), with_gradients(truth, tensors)
     assert results.keys() == expected.keys()
     torch.testing.assert_close(results, expected, rtol=rtol, atol=atol)
+
+
+def assert_kernel_accurate(
+    kernel: Callable[..., Tensor | tuple[Tensor, ...]],
+    reference: Callable[..., Tensor | tuple[Tensor, ...]],
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
+) -> None:
+    """Hold a kernel to at most twice the error of PyTorch in the same dtype, and a rounding.
+
+    Outputs and all gradients, for random upstream gradients; errors are the largest, against ``reference`` in float64.
+
+    Args:
+        kernel: What is tested.
+        reference: The same in plain PyTorch.
+        tensors: Arguments; floating ones are rounded to ``dtype`` first.
+        dtype: A dtype of ``KERNEL_ERROR``.
+    """
+    rounded = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    exact = {name: t.double() if t.is_floating_point() else t for name, t in rounded.items()}
+    results, published = with_gradients(kernel, rounded), with_gradients(reference, rounded)
+    for what, truth in with_gradients(reference, exact).items():
+        actual, plain = results[what], published[what]
+        assert (actual.shape, actual.dtype) == (plain.shape, plain.dtype), what
+        if truth.numel() == 0:
+            continue
+        error, allowed = ((x.double() - truth).abs().max().item() for x in (actual, plain))
+        bound = 2 * allowed + KERNEL_ERROR[dtype] * truth.abs().max().item()
+        assert error <= bound, f"{what} in {dtype} is off by {error:.2e}, PyTorch by {allowed:.2e}: over {bound:.2e}"

@@ -48,7 +48,16 @@ def reference(
     return total, F.layer_norm(total, weight.shape, weight, bias, eps)
 
 
-FORMS = {"reference": reference}
+def triton(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, branch_scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Add and normalise in one pass over the rows."""
+    from mae_kernels.kernels.add_layer_norm import add_layer_norm
+
+    return add_layer_norm(x, residual, weight, bias, eps, branch_scale)
+
+
+FORMS = {"reference": reference, "triton": triton}
 
 
 def add_layer_norm(
