@@ -32,15 +32,21 @@ def assert_accurate(what: str, actual: Tensor, truth: Tensor, dtype: torch.dtype
 
 
 def with_gradients(
-    function: Callable[..., Tensor | tuple[Tensor, ...]], tensors: Mapping[str, Tensor], seed: int = 0
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    tensors: Mapping[str, Tensor],
+    seed: int = 0,
+    rounding: torch.dtype = torch.float64,
 ) -> dict[str, Tensor]:
-    """Outputs, and gradients of all floating ``tensors`` for upstream gradients that depend on ``seed`` alone."""
+    """Outputs, and gradients of all floating ``tensors`` for upstream gradients drawn from ``seed``.
+
+    The latter are rounded to ``rounding``, so that a function in float64 can be given what one in that dtype gets.
+    """
     leaves = {name: t.detach().clone().requires_grad_(t.is_floating_point()) for name, t in tensors.items()}
     outputs = function(**leaves)
     if isinstance(outputs, Tensor):
         outputs = (outputs,)
     generator = torch.Generator().manual_seed(seed)
-    upstream = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs]
+    upstream = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(rounding).to(o) for o in outputs]
     inputs = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
     if any(output.requires_grad for output in outputs):
         gradients = torch.autograd.grad(
@@ -86,7 +92,7 @@ def assert_kernel_accurate(
     rounded = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     exact = {name: t.double() if t.is_floating_point() else t for name, t in rounded.items()}
     results, published = with_gradients(kernel, rounded), with_gradients(reference, rounded)
-    for what, truth in with_gradients(reference, exact).items():
+    for what, truth in with_gradients(reference, exact, rounding=dtype).items():
         actual, plain = results[what], published[what]
         assert (actual.shape, actual.dtype) == (plain.shape, plain.dtype), what
         if truth.numel() == 0:

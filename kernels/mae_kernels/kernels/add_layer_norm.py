@@ -1,11 +1,7 @@
 """Kernels of :mod:`mae_kernels.ops.add_layer_norm`: the mathematics and the tensors are told there.
 
-Forward saves the sum, which is an output anyway, and each row's mean and reciprocal deviation in float32. With ``g``
-the gradient of ``normed`` times the weight, and ``n`` the normalised sum, the gradient of the sum gains
-
-.. math:: (g - \\overline{g} - n \\, \\overline{g n}) / \\sigma
-
-Gradients of weight and bias are summed by a capped number of programs, each over its own rows, and then over programs.
+Forward saves the sum, which is an output anyway, and each row's mean and reciprocal deviation in float32. Gradients of
+weight and bias are summed by a capped number of programs, each over its own rows, and then over programs.
 """
 
 import torch
@@ -16,19 +12,14 @@ from torch.autograd.function import once_differentiable
 
 from mae_kernels._autocast import compute_dtype
 from mae_kernels.kernels._registration import cover, num_programs, register
-
-# Values of a tile, over 4 warps. Backward holds two tiles of sums more.
-_FORWARD_TILE, _BACKWARD_TILE, _WARPS = 4096, 2048, 4
-
-
-def rows_in_tile(block_d: int, tile: int) -> int:
-    """Rows of ``block_d`` values that a tile holds."""
-    return max(tile // block_d, 1)
-
-
-def warps_for(block_d: int, tile: int) -> int:
-    """Warps of a program, more where a single row is larger than a tile."""
-    return min(_WARPS * max(block_d // tile, 1), 16)
+from mae_kernels.kernels._rows import (
+    BACKWARD_TILE,
+    FORWARD_TILE,
+    normalise_rows,
+    normalise_rows_backward,
+    rows_in_tile,
+    warps_for,
+)
 
 
 @triton.jit
@@ -66,12 +57,10 @@ def _forward_kernel(
     tl.store(sum_ptr + place, total, mask=inside)
     total = total.to(tl.float32)
 
-    mean = tl.sum(total, axis=1) / D
-    centred = tl.where(inside, total - mean[:, None], 0.0)
-    rstd = 1 / tl.sqrt(tl.sum(centred * centred, axis=1) / D + eps)
+    normalised, mean, rstd = normalise_rows(total, inside, eps, D)
     weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + column, mask=column < D, other=0.0).to(tl.float32)
-    tl.store(normed_ptr + place, centred * rstd[:, None] * weight[None, :] + bias[None, :], mask=inside)
+    tl.store(normed_ptr + place, normalised * weight[None, :] + bias[None, :], mask=inside)
     tl.store(mean_ptr + row, mean, mask=in_rows)
     tl.store(rstd_ptr + row, rstd, mask=in_rows)
 
@@ -118,9 +107,7 @@ def _backward_kernel(
         grad = tl.load(grad_normed_ptr + place, mask=inside, other=0.0).to(tl.float32)
         d_weight += grad * normalised
         d_bias += grad
-        grad *= weight[None, :]
-        along = tl.sum(grad * normalised, axis=1) / D
-        d_total = (grad - (tl.sum(grad, axis=1) / D)[:, None] - normalised * along[:, None]) * rstd[:, None]
+        d_total = normalise_rows_backward(grad * weight[None, :], normalised, rstd, D)
         if HAS_GRAD_SUM:
             d_total += tl.load(grad_sum_ptr + place, mask=inside, other=0.0).to(tl.float32)
         tl.store(d_residual_ptr + place, d_total, mask=inside)
@@ -162,11 +149,11 @@ def add_layer_norm_forward(
     eps: float,
     normed_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Contiguous ``x``, ``residual (B, ..., D)`` -> sum and normed, alike; mean and reciprocal deviation ``(rows,)``."""
+    """Contiguous ``x``, ``residual (B, ..., D)`` -> sum, normed, alike; mean and reciprocal deviation ``(rows,)``."""
     total, normed, mean, rstd = _forward_outputs(x, residual, weight, bias, scale, eps, normed_dtype)
     rows, dim = mean.numel(), x.shape[-1]
     block_d = cover(dim)
-    block_rows = rows_in_tile(block_d, _FORWARD_TILE)
+    block_rows = rows_in_tile(block_d, FORWARD_TILE)
     _forward_kernel[(triton.cdiv(rows, block_rows),)](
         x,
         residual,
@@ -184,7 +171,7 @@ def add_layer_norm_forward(
         BLOCK_ROWS=block_rows,
         BLOCK_D=block_d,
         HAS_SCALE=scale is not None,
-        num_warps=warps_for(block_d, _FORWARD_TILE),
+        num_warps=warps_for(block_d, FORWARD_TILE),
     )
     return total, normed, mean, rstd
 
@@ -227,7 +214,7 @@ def add_layer_norm_backward(
     d_residual, d_x, d_weight, d_bias, d_scale = outputs
     rows, dim = mean.numel(), total.shape[-1]
     block_d = cover(dim)
-    block_rows = rows_in_tile(block_d, _BACKWARD_TILE)
+    block_rows = rows_in_tile(block_d, BACKWARD_TILE)
     programs = num_programs(total, triton.cdiv(rows, block_rows), per_multiprocessor=4)
     partials = total.new_empty((2, programs, dim), dtype=torch.float32)
     _backward_kernel[(programs,)](
@@ -253,7 +240,7 @@ def add_layer_norm_backward(
         HAS_SCALE=scale is not None,
         HAS_DSCALE=x is not None,
         WRITE_DX=d_x.numel() > 0,
-        num_warps=warps_for(block_d, _BACKWARD_TILE),
+        num_warps=warps_for(block_d, BACKWARD_TILE),
     )
     torch.sum(partials[0], dim=0, out=d_weight)
     torch.sum(partials[1], dim=0, out=d_bias)
@@ -282,7 +269,7 @@ class _AddLayerNorm(torch.autograd.Function):
         )
         if scale is None and ctx.x_dtype == total.dtype:
             d_x = d_residual
-        d_scale = None if x is None else d_scale.view(total.shape[0], -1).sum(dim=1).to(scale.dtype)
+        d_scale = None if x is None else d_scale.view(*total.shape[:-1], 1).flatten(1).sum(dim=1).to(scale.dtype)
         d_weight, d_bias = (grad.to(dtype) for grad, dtype in zip((d_weight, d_bias), ctx.weight_dtypes, strict=True))
         return d_x, d_residual, d_weight, d_bias, d_scale, None, None
 

@@ -7,8 +7,9 @@ does; it is 1 by default. In a pre-norm stack every addition but the last is fol
 pass.
 
 Tensors: ``x``, ``residual (B, ..., D)``, ``weight``, ``bias (D,)``, ``branch_scale (B,)``; out ``sum`` and
-``normed``, both ``(B, ..., D)``. With N = values in ``x``: least traffic, forward: 4 s N bytes for s bytes a value;
-about 8 N FLOPs.
+``normed``, both ``(B, ..., D)``. With N = values in ``x`` and s bytes a value: least traffic is 4 s N bytes forward and
+4 s N backward (both gradients and ``sum`` in, one gradient out, which is that of ``x`` and of the residual); about 8 N
+and 13 N FLOPs.
 """
 
 import torch.nn.functional as F
@@ -57,7 +58,8 @@ def triton(
     return add_layer_norm(x, residual, weight, bias, eps, branch_scale)
 
 
-FORMS = {"reference": reference, "triton": triton}
+# PyTorch adds in one pass and normalises in another, and saves for backward what the kernels save.
+FORMS = {"reference": reference, "torch": reference, "triton": triton}
 
 
 def add_layer_norm(
@@ -82,7 +84,9 @@ def add_layer_norm(
         impl: ``"reference"``, ``"torch"``, ``"triton"`` or ``"auto"``.
 
     Returns:
-        ``(sum, normed)``: the new stream and the input of the next branch.
+        ``(sum, normed)``: the new stream and the input of the next branch. Under autocast ``sum`` keeps the stream's
+        dtype; ``normed`` is float32, but for Triton, which gives it in autocast's dtype, in which the product that
+        follows would read it.
 
     Raises:
         TypeError: A wrong dtype.

@@ -6,9 +6,11 @@ over the last axis, with the biased variance: the "res-post-norm" of Swin V2 (Li
 scales a sample's branch, as stochastic depth does; it is 1 by default.
 
 Tensors: ``x``, ``residual (B, ..., D)``, ``weight``, ``bias (D,)``, ``branch_scale (B,)``; out ``(B, ..., D)``. With
-N = values in ``x``: least traffic, forward: 3 s N bytes for s bytes a value; about 8 N FLOPs.
+N = values in ``x`` and s bytes a value: least traffic is 3 s N bytes forward and 3 s N backward (gradient and ``x`` in,
+gradient of ``x`` out; that of the residual is the gradient itself); about 8 N and 12 N FLOPs.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,7 +25,24 @@ def reference(
     return residual + scale_branch(F.layer_norm(x, weight.shape, weight, bias, eps), branch_scale)
 
 
-FORMS = {"reference": reference}
+def in_place(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, branch_scale: Tensor | None
+) -> Tensor:
+    """Normalise, then add to what the norm gave: its backward needs its input alone."""
+    out = scale_branch(F.layer_norm(x, weight.shape, weight, bias, eps), branch_scale)
+    return out.add_(residual) if torch.promote_types(out.dtype, residual.dtype) == out.dtype else out + residual
+
+
+def triton(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, branch_scale: Tensor | None
+) -> Tensor:
+    """Normalise and add in one pass over the rows."""
+    from mae_kernels.kernels.layer_norm_add import layer_norm_add
+
+    return layer_norm_add(x, residual, weight, bias, eps, branch_scale)
+
+
+FORMS = {"reference": reference, "torch": in_place, "triton": triton}
 
 
 def layer_norm_add(
