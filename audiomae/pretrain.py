@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import torch
 import tyro
-from mae_kernels.ops import resolve_forms
+from mae_kernels.ops import flash_attention, resolve_forms
 from matplotlib.figure import Figure
 from torch.utils.data import DataLoader, default_collate
 
@@ -30,7 +30,7 @@ from audiomae.recipes import PRETRAIN_RECIPES
 from audiomae.training.config import PretrainConfig, SetupError
 from audiomae.training.distributed import Ranks, is_main_process, join_ranks
 from audiomae.training.logging import NullLog, RunLog
-from audiomae.training.loop import Pretrainer, check_mask, uses_bf16
+from audiomae.training.loop import Pretrainer, check_mask, draw_mask, uses_bf16
 from audiomae.training.optimizer import build_adamw
 from audiomae.training.pictures import reconstruction_examples
 from audiomae.training.state import find_checkpoint, load_state, save_settings, save_state
@@ -198,17 +198,23 @@ def describe(config: PretrainConfig, ranks: Ranks, dataset: ClipDataset, trainer
         f"of {dataset.samples / config.sample_rate:.4g} s",
         f"model: {parameters / 1e6:.1f} M parameters, {config.model.decoder} decoder, "
         f"{'bf16' if uses_bf16(config, ranks.device) else 'fp32'} on {ranks.world_size} x {ranks.device.type}",
-        *describe_operators(config, ranks),
+        *describe_operators(config, ranks, trainer.model),
     ]
 
 
-def describe_operators(config: PretrainConfig, ranks: Ranks) -> list[str]:
-    """Tell which form each operator takes."""
+def describe_operators(config: PretrainConfig, ranks: Ranks, model: AudioMAE) -> list[str]:
+    """Tell which form each operator takes and why."""
     if not config.fused:
-        return ["operators: reference (plain PyTorch); --fused takes the fastest form at hand"]
+        return ["operators: reference (plain PyTorch), as --no-fused asks"]
     dtype = torch.bfloat16 if uses_bf16(config, ranks.device) else torch.float32
-    forms = resolve_forms("auto", ranks.device.type, dtype)
-    return [f"operator {name}: {form}" for name, form in forms.items()]
+    forms = resolve_forms(model.impl, ranks.device.type, dtype)
+    lines = [f"operator {name}: {form} ({why})" for name, (form, why) in forms.items() if name != "flash_attention"]
+    kept = draw_mask(config, model.grid, torch.zeros(1, dtype=torch.int64), model.impl).ids_keep.shape[1]
+    attentions = [(1 + kept, model.config.embed_dim // model.config.num_heads)]
+    if model.config.decoder != "local":
+        tokens = model.grid.num_patches + int(model.config.decoder == "global")
+        attentions.append((tokens, model.config.decoder_dim // model.config.decoder_heads))
+    return lines + [f"operator {flash_attention.describe(ranks.device, dtype, *sizes)}" for sizes in attentions]
 
 
 def draw_examples(run: Run, count: int = 4) -> Figure:

@@ -1,8 +1,6 @@
 """``LogMel`` on a batch against torchaudio clip by clip, in pairs that take turns."""
 
-import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,6 +9,7 @@ from torch import Tensor
 from torchaudio.compliance import kaldi
 
 from audiomae.frontend import LogMel
+from bench.pairs import time_pairs
 from bench.provenance import provenance
 
 ROUNDS = 15
@@ -42,30 +41,19 @@ def test_log_mel(benchmark: BenchmarkFixture, batch: int, seconds: int, threads:
     log_mel = LogMel()
     torch.testing.assert_close(log_mel(waveform), torchaudio_log_mel(waveform), rtol=0, atol=5e-6)
 
-    baseline: list[float] = []
-    ours: list[float] = []
-
-    def timed(times: list[float], function: Callable[[Tensor], Tensor]) -> None:
-        start = time.perf_counter()
-        function(waveform)
-        times.append(time.perf_counter() - start)
-
     benchmark.group = f"log-mel of {batch} clips of {seconds} s, {threads} threads"
-    benchmark.pedantic(
-        timed, args=(ours, log_mel), setup=lambda: timed(baseline, torchaudio_log_mel), rounds=ROUNDS, warmup_rounds=2
+    pairs = time_pairs(
+        benchmark, lambda: log_mel(waveform), lambda: torchaudio_log_mel(waveform), rounds=ROUNDS, warmup_rounds=2
     )
-    ratios = sorted(theirs / mine for theirs, mine in zip(baseline, ours, strict=True))
     benchmark.extra_info.update(
         {
             "operator": "LogMel",
             "provider": "audiomae",
             "shape": list(waveform.shape),
             "dtype": "float32",
-            "clips/s": round(batch / statistics.median(ours), 1),
-            "clips/s of torchaudio": round(batch / statistics.median(baseline), 1),
-            "ratio": round(statistics.median(ratios), 2),
-            "ratio from": round(ratios[0], 2),
-            "ratio to": round(ratios[-1], 2),
+            "baseline": "torchaudio",
+            "clips/s": round(batch / benchmark.stats.stats.median, 1),
+            **pairs,
             **provenance(torch.device("cpu")),
         }
     )

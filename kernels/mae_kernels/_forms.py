@@ -24,8 +24,8 @@ def check_impl(impl: str) -> None:
 
 def resolve_form(
     operator: str, forms: Mapping[str, Callable[..., Any]], impl: str, *, device_type: str, dtype: torch.dtype
-) -> str:
-    """Name the form of ``operator`` that ``impl`` means for tensors of this device and dtype.
+) -> tuple[str, str]:
+    """Name the form of ``operator`` that ``impl`` means for tensors of this device and dtype, and say why.
 
     ``"auto"`` is Triton on GPUs but for float64 and where triton is missing, else the PyTorch form of the fused
     algorithm, else the reference. Any other name is taken literally.
@@ -37,20 +37,31 @@ def resolve_form(
         device_type: As ``tensor.device.type``; ROCm devices are ``"cuda"``.
         dtype: Of the tensors that the operator streams.
 
+    Returns:
+        The form and, in a few words, the reason.
+
     Raises:
         ValueError: ``impl`` is unknown.
         NotImplementedError: The operator does not have that form.
     """
     check_impl(impl)
-    if impl == "auto":
-        if "triton" in forms and device_type == "cuda" and dtype in _TRITON_DTYPES and _HAS_TRITON:
-            return "triton"
-        return "torch" if "torch" in forms else "reference"
-    if impl not in forms:
-        raise NotImplementedError(
-            f"{operator} has no {impl!r} form in this version, only {', '.join(map(repr, forms))}"
-        )
-    return impl
+    if impl != "auto":
+        if impl not in forms:
+            raise NotImplementedError(
+                f"{operator} has no {impl!r} form in this version, only {', '.join(map(repr, forms))}"
+            )
+        return impl, "asked for"
+    if "triton" not in forms:
+        why = "no Triton kernels"
+    elif device_type != "cuda":
+        why = f"Triton needs a GPU, this is {device_type}"
+    elif not _HAS_TRITON:
+        why = "triton is not installed"
+    elif dtype not in _TRITON_DTYPES:
+        why = f"no Triton kernels for {dtype}"
+    else:
+        return "triton", f"{device_type}, {dtype}"
+    return "torch" if "torch" in forms else "reference", why
 
 
 def select(
@@ -63,7 +74,7 @@ def select(
         TypeError: Triton is asked for and does not compute in the tensor's dtype.
         ValueError: Triton is asked for and does not run on the tensor's device.
     """
-    form = resolve_form(operator, forms, impl, device_type=tensor.device.type, dtype=tensor.dtype)
+    form, _ = resolve_form(operator, forms, impl, device_type=tensor.device.type, dtype=tensor.dtype)
     if form == "triton":
         _check_triton(operator, tensor)
     return forms[form]

@@ -46,26 +46,33 @@ def test_a_form_that_an_operator_lacks_is_refused(operator, impl, monkeypatch):
 @pytest.mark.parametrize(
     ("forms", "device_type", "dtype", "expected"),
     [
-        (("reference",), "cuda", torch.bfloat16, "reference"),
-        (("reference", "torch"), "cuda", torch.bfloat16, "torch"),
-        (("reference", "torch", "triton"), "cuda", torch.bfloat16, "triton"),
-        (("reference", "torch", "triton"), "cuda", torch.float16, "triton"),
-        (("reference", "torch", "triton"), "cuda", torch.float32, "triton"),
-        (("reference", "torch", "triton"), "cuda", torch.float64, "torch"),
-        (("reference", "torch", "triton"), "cpu", torch.float32, "torch"),
-        (("reference", "torch", "triton"), "mps", torch.float32, "torch"),
-        (("reference", "triton"), "cpu", torch.float32, "reference"),
+        (("reference",), "cuda", torch.bfloat16, ("reference", "no Triton kernels")),
+        (("reference", "torch"), "cuda", torch.bfloat16, ("torch", "no Triton kernels")),
+        (("reference", "torch", "triton"), "cuda", torch.bfloat16, ("triton", "cuda, torch.bfloat16")),
+        (("reference", "torch", "triton"), "cuda", torch.float16, ("triton", "cuda, torch.float16")),
+        (("reference", "torch", "triton"), "cuda", torch.float32, ("triton", "cuda, torch.float32")),
+        (("reference", "torch", "triton"), "cuda", torch.float64, ("torch", "no Triton kernels for torch.float64")),
+        (("reference", "torch", "triton"), "cpu", torch.float32, ("torch", "Triton needs a GPU, this is cpu")),
+        (("reference", "torch", "triton"), "mps", torch.float32, ("torch", "Triton needs a GPU, this is mps")),
+        (("reference", "triton"), "cpu", torch.float32, ("reference", "Triton needs a GPU, this is cpu")),
     ],
 )
 def test_auto_takes_triton_on_gpus_and_the_torch_form_elsewhere(forms, device_type, dtype, expected):
     table = dict.fromkeys(forms, print)
     assert resolve_form("operator", table, "auto", device_type=device_type, dtype=dtype) == expected
     for form in forms:
-        assert resolve_form("operator", table, form, device_type=device_type, dtype=dtype) == form
+        assert resolve_form("operator", table, form, device_type=device_type, dtype=dtype) == (form, "asked for")
+
+
+def test_auto_does_without_a_triton_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr("mae_kernels._forms._HAS_TRITON", False)
+    table = dict.fromkeys(("reference", "torch", "triton"), print)
+    resolved = resolve_form("operator", table, "auto", device_type="cuda", dtype=torch.bfloat16)
+    assert resolved == ("torch", "triton is not installed")
 
 
 def test_the_forms_of_all_operators_are_listed():
-    assert resolve_forms("reference", "cuda", torch.bfloat16) == dict.fromkeys(OPERATORS, "reference")
+    assert resolve_forms("reference", "cuda", torch.bfloat16) == dict.fromkeys(OPERATORS, ("reference", "asked for"))
     assert resolve_forms("auto", "cpu", torch.float32).keys() == OPERATORS.keys()
     with pytest.raises(ValueError, match=r"^impl is 'fast', expected one of"):
         resolve_forms("fast", "cpu", torch.float32)

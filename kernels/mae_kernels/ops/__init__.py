@@ -31,8 +31,10 @@ OPERATORS = {
 """Every operator's module by name, in the order of the model."""
 
 
-def resolve_forms(impl: str, device_type: str, dtype: torch.dtype) -> dict[str, str]:
-    """Name the form of every operator that ``impl`` means for tensors of this device and dtype.
+def resolve_forms(impl: str, device_type: str, dtype: torch.dtype) -> dict[str, tuple[str, str]]:
+    """Name the form of every operator that ``impl`` means for tensors of this device and dtype, and say why.
+
+    Which library ``flash_attention`` takes depends on more: :func:`mae_kernels.ops.flash_attention.describe` tells it.
 
     Args:
         impl: ``"reference"``, ``"torch"``, ``"triton"`` or ``"auto"``.
