@@ -27,13 +27,13 @@ def check_shapes(operator: str, **arguments: tuple[Tensor | None, str]) -> dict[
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{operator}: {argument} is a {type(tensor).__name__}, expected a tensor ({dims})")
         names = dims.split()
-        known = ", ".join(f"{name} = {sizes[name]}" for name in names if name in sizes)
-        expected = f"({', '.join(names)})" + (f" with {known}" if known else "")
-        if tensor.dim() != len(names):
+        bound = dict(sizes)
+        fits = tensor.dim() == len(names)
+        if not fits or any(sizes.setdefault(n, size) != size for n, size in zip(names, tensor.shape, strict=True)):
+            # Only here may a size become text: it would be a constant to torch.compile from then on.
+            known = ", ".join(f"{name} = {bound[name]}" for name in names if name in bound)
+            expected = f"({', '.join(names)})" + (f" with {known}" if known else "")
             raise ValueError(f"{operator}: {argument} has shape {tuple(tensor.shape)}, expected {expected}")
-        for name, size in zip(names, tensor.shape, strict=True):
-            if sizes.setdefault(name, size) != size:
-                raise ValueError(f"{operator}: {argument} has shape {tuple(tensor.shape)}, expected {expected}")
     return sizes
 
 
