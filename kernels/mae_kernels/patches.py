@@ -36,6 +36,21 @@ def gather_patches(image: Tensor, ids: Tensor, patch_size: tuple[int, int], stri
     return windows[batch, ids // columns, ids % columns]
 
 
+def scatter_patches(patches: Tensor, ids: Tensor, image_size: tuple[int, int], stride: tuple[int, int]) -> Tensor:
+    """Add patches ``(B, K, C, ph, pw)`` into images ``(B, C, H, W)`` of zeros at ``ids (B, K)``.
+
+    The adjoint of :func:`gather_patches`, and deterministic on every device.
+    """
+    patch_size = (patches.shape[3], patches.shape[4])
+    rows, columns = grid_shape(image_size, patch_size, stride)
+    batch = torch.arange(patches.shape[0], device=patches.device)[:, None]
+    spread = patches.new_zeros(patches.shape[0], rows * columns, patches.shape[2:].numel())
+    spread = spread.index_put((batch, ids), patches.flatten(2), accumulate=True)
+    return torch.nn.functional.fold(
+        spread.transpose(1, 2), output_size=image_size, kernel_size=patch_size, stride=stride
+    )
+
+
 def unpatchify(
     patches: Tensor, image_size: tuple[int, int], patch_size: tuple[int, int], stride: tuple[int, int]
 ) -> Tensor:

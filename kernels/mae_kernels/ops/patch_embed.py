@@ -7,8 +7,9 @@ if there is one, is put in front (He et al. 2022, section 3; Huang et al. 2022, 
 
 Tensors: ``image (B, C, H, W)``, ``ids_keep (B, K)`` int64, ``weight (D, C, ph, pw)``, ``bias (D,)``, ``position (L,
 D)`` or ``(1 + L, D)``, ``cls_token (1, 1, D)``; out ``(B, [1 +] K, D)``. With P = C ph pw and s bytes a value: least
-traffic is s (B K P + D P + B K D) bytes and 2 B K P D FLOPs. Projecting all L patches and gathering afterwards, as
-published code does, costs L / K times the FLOPs and writes the L tokens twice.
+traffic is s (B K P + D P + B K D) bytes and 2 B K P D FLOPs, forward and, to weight and bias, backward again; the
+position adds s L D bytes. Projecting all L patches and gathering afterwards, as published code does, costs L / K times
+the FLOPs and writes the L tokens twice.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mae_kernels._autocast import compute_dtype
 from mae_kernels._checks import check_devices, check_floating, check_ids, check_shapes, pair
 from mae_kernels._forms import select
 from mae_kernels._positions import check_position, split_position
@@ -70,7 +72,30 @@ def visible(
     return prepend_cls(tokens, cls_token, cls_position)
 
 
-FORMS = {"reference": reference, "torch": visible}
+def triton(
+    image: Tensor,
+    ids_keep: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    position: Tensor | None,
+    cls_token: Tensor | None,
+    stride: tuple[int, int],
+) -> Tensor:
+    """Read the visible patches where they are, and write their tokens once."""
+    from mae_kernels.kernels.patch_embed import patch_embed
+
+    return patch_embed(image, ids_keep, weight, bias, position, cls_token, stride)
+
+
+FORMS = {"reference": reference, "torch": visible, "triton": triton}
+
+
+def _check_product(image: Tensor, **arguments: Tensor | None) -> None:
+    """Raise TypeError unless a product of the image with ``arguments`` has one dtype, as under autocast."""
+    expected = compute_dtype(image.device.type, image.dtype)
+    for name, tensor in arguments.items():
+        if tensor is not None and compute_dtype(tensor.device.type, tensor.dtype) != expected:
+            raise TypeError(f"patch_embed: {name} has dtype {tensor.dtype}, expected {image.dtype}, that of image")
 
 
 def patch_embed(
@@ -124,5 +149,6 @@ def patch_embed(
     if cls_token is not None and cls_token.numel() != dim:
         raise ValueError(f"patch_embed: cls_token has shape {tuple(cls_token.shape)}, expected D = {dim} values")
     check_devices("patch_embed", **floating, ids_keep=ids_keep)
+    _check_product(image, weight=weight, bias=bias)
     check_ids("patch_embed", "ids_keep", ids_keep, length, values=check)
     return select("patch_embed", FORMS, impl, image)(image, ids_keep, weight, bias, position, cls_token, stride)

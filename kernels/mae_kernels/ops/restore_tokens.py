@@ -5,8 +5,8 @@ r"""Decoder input: visible tokens put back in their places, mask tokens elsewher
 with ``r = ids_restore[b, i]``, the mask token ``m`` and the position embedding ``e`` (He et al. 2022, appendix A).
 
 Tensors: ``tokens (B, [1 +] K, D)``, ``ids_restore (B, L)`` int64, ``mask_token (1, 1, D)``, ``position (L, D)`` or
-``(1 + L, D)``; out ``(B, [1 +] L, D)``. Least traffic: s B (K + L) D + 8 B L bytes for s bytes a value, B L D
-additions.
+``(1 + L, D)``; out ``(B, [1 +] L, D)``. Least traffic, forward and backward each: s B (K + L) D + 8 B L bytes for s
+bytes a value, and s L D for the position; B L D additions forward, B (L - K) D backward.
 """
 
 import torch
@@ -63,7 +63,16 @@ def overwrite(
     return rows.unflatten(0, (batch, length))
 
 
-FORMS = {"reference": reference, "torch": overwrite}
+def triton(
+    tokens: Tensor, ids_restore: Tensor, mask_token: Tensor, position: Tensor | None, has_cls: bool, keep_cls: bool
+) -> Tensor:
+    """Write each place once, from its visible token or from the mask token."""
+    from mae_kernels.kernels.restore_tokens import restore_tokens
+
+    return restore_tokens(tokens, ids_restore, mask_token, position, has_cls, keep_cls)
+
+
+FORMS = {"reference": reference, "torch": overwrite, "triton": triton}
 
 
 def restore_tokens(
