@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from mae_kernels import linear_masked_mse, masked_mse
+from mae_kernels._targets import image_gradient, removed_targets
 from torch import Tensor
 
 from .calls import CALLS, shuffled_rows, torch_forms
@@ -110,6 +111,26 @@ def test_visible_patches_do_not_count(operator, impl, rows):
     assert gradient[~visible].any(dim=-1).all()
 
 
+@pytest.mark.parametrize("operator", ["masked_mse", "linear_masked_mse"])
+def test_the_torch_form_passes_gradcheck(operator):
+    call = CALLS[operator]
+    leaves = {name: t.clone().requires_grad_() for name, t in call.tensors.items() if t.is_floating_point()}
+    assert torch.autograd.gradcheck(
+        lambda *values: call(**dict(zip(leaves, values, strict=True)), impl="torch"), tuple(leaves.values())
+    )
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_gradient_of_the_image_in_closed_form_is_that_of_autograd(shape, normalize):
+    tensors, sizes = arguments(shape)
+    image, geometry = tensors["image"].requires_grad_(), (tensors["ids_removed"], *sizes.values(), normalize, 0.1)
+    targets = removed_targets(image, *geometry)
+    d_targets = torch.randn(targets.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (expected,) = torch.autograd.grad(targets, image, d_targets)
+    torch.testing.assert_close(image_gradient(d_targets, image, *geometry), expected, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("impl", torch_forms("masked_mse"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_loss_is_computed_in_float32(dtype, impl):
@@ -200,6 +221,17 @@ def test_wrong_arguments_are_refused(operator, changes, message):
 def test_wrong_predictions_are_refused(operator, changes, message):
     with pytest.raises(ValueError, match=f"^{operator}: {message}$"):
         CALLS[operator](**changes)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_head_in_another_dtype_is_refused_unless_autocast_makes_it_one(name):
+    call = CALLS["linear_masked_mse"].to(torch.float32)
+    rounded = {name: call.tensors[name].bfloat16()}
+    expected = rf"^linear_masked_mse: {name} has dtype torch.bfloat16, expected torch.float32, which hidden has$"
+    with pytest.raises(TypeError, match=expected):
+        call(**rounded)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert call(**rounded).dtype == torch.float32
 
 
 @pytest.mark.parametrize("operator", ["masked_mse", "linear_masked_mse"])

@@ -6,8 +6,11 @@ Predictions of visible patches do not enter the loss, so the head need only run 
 output need not be kept: the gradients of a mean squared error are linear in the residual.
 
 Tensors: ``hidden (B, L, D)``, ``weight (P, D)``, ``bias (P,)``, ``image (B, C, H, W)``, ``ids_removed (B, R / B)``
-int64; out a float32 scalar (float64 for float64). Least traffic, forward: s (R D + D P + R P) bytes for s bytes a
-value; 2 R D P FLOPs, three times that with both gradients.
+int64; out a float32 scalar (float64 for float64). For s bytes a value, least traffic is
+
+- the loss: s (R D + P D + R P) bytes, 2 R P D FLOPs, and s R P to keep the residuals;
+- the gradient of ``weight``, taken in forward so that ``hidden`` need not be kept: s R (P + D), 2 R P D FLOPs;
+- that of ``hidden``, in backward: s (R P + P D + B L D), 2 R P D FLOPs.
 """
 
 from collections.abc import Sequence
@@ -15,11 +18,13 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
+from mae_kernels._autocast import compute_dtype
 from mae_kernels._checks import check_devices, check_floating, check_shapes
 from mae_kernels._forms import select
 from mae_kernels._rows import take_rows
+from mae_kernels._targets import removed_targets
 from mae_kernels.ops import masked_mse
-from mae_kernels.ops.masked_mse import check_loss_arguments
+from mae_kernels.ops.masked_mse import check_loss_arguments, wider
 
 
 def reference(
@@ -49,12 +54,29 @@ def removed(
     eps: float,
 ) -> Tensor:
     """Compact the removed rows by their ids, then predict and score them alone."""
-    target = masked_mse.removed_targets(image, ids_removed, patch_size, stride, normalize, eps)
+    target = removed_targets(image, ids_removed, patch_size, stride, normalize, eps)
     pred = F.linear(take_rows(hidden, ids_removed), weight, bias)
     return F.mse_loss(pred.to(target.dtype), target)
 
 
-FORMS = {"reference": reference, "torch": removed}
+def triton(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    image: Tensor,
+    ids_removed: Tensor,
+    patch_size: tuple[int, int],
+    stride: tuple[int, int],
+    normalize: bool,
+    eps: float,
+) -> Tensor:
+    """Predict and score the removed patches in one pass over them."""
+    from mae_kernels.kernels.linear_masked_mse import linear_masked_mse
+
+    return linear_masked_mse(hidden, weight, bias, image, ids_removed, patch_size, stride, normalize, eps)
+
+
+FORMS = {"reference": reference, "torch": removed, "triton": triton}
 
 
 def linear_masked_mse(
@@ -103,9 +125,13 @@ def linear_masked_mse(
         ids_removed=(ids_removed, "B R"),
     )
     check_floating(operator, hidden=hidden, weight=weight, bias=bias, image=image)
+    product_dtype = compute_dtype(hidden.device.type, hidden.dtype)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and compute_dtype(hidden.device.type, tensor.dtype) != product_dtype:
+            raise TypeError(f"{operator}: {name} has dtype {tensor.dtype}, expected {hidden.dtype}, which hidden has")
     check_devices(operator, hidden=hidden, weight=weight, bias=bias, image=image, ids_removed=ids_removed)
     patch_size, stride = check_loss_arguments(
         operator, image, ids_removed, sizes["L"], sizes["P"], patch_size, stride, normalize, check
     )
-    form = select(operator, FORMS, impl, hidden)
+    form = select(operator, FORMS, impl, wider(hidden, image))
     return form(hidden, weight, bias, image, ids_removed, patch_size, stride, normalize, eps)

@@ -8,7 +8,9 @@ the whole batch and P the values of a patch (He et al. 2022, "reconstruction tar
 x``.
 
 Tensors: ``pred (B, L, P)`` with P = C ph pw, ``image (B, C, H, W)``, ``ids_removed (B, R / B)`` int64; out a float32
-scalar (float64 for float64). Least traffic, forward: 2 s R P bytes for s bytes a value; about 8 R P FLOPs.
+scalar (float64 for float64). With N = R P, for s bytes a value of ``pred`` and i of ``image``, least traffic is (s +
+i) N bytes and 8 N FLOPs forward, s (N + B L P) bytes and 2 N FLOPs backward, which writes zeros for visible patches. The
+s N bytes of residuals that backward reads are written by forward; to compute them again it would read i N more.
 """
 
 from collections.abc import Sequence
@@ -20,15 +22,8 @@ from torch import Tensor
 from mae_kernels._checks import check_devices, check_floating, check_ids, check_shapes, pair
 from mae_kernels._forms import select
 from mae_kernels._rows import take_rows
-from mae_kernels.patches import gather_patches, grid_shape, patchify
-
-
-def normalize_patches(patches: Tensor, normalize: bool, eps: float) -> Tensor:
-    """Normalise each patch of ``(..., P)`` by its own mean and unbiased variance, if asked to."""
-    if not normalize:
-        return patches
-    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-    return (patches - mean) / (variance + eps).sqrt()
+from mae_kernels._targets import normalize_patches, removed_targets
+from mae_kernels.patches import grid_shape, patchify
 
 
 def patch_targets(
@@ -55,19 +50,6 @@ def reference(
     return (error * mask).sum() / mask.sum()
 
 
-def removed_targets(
-    image: Tensor,
-    ids_removed: Tensor,
-    patch_size: tuple[int, int],
-    stride: tuple[int, int],
-    normalize: bool,
-    eps: float,
-) -> Tensor:
-    """Targets of the removed patches alone, ``(B, R, P)``, in float32 (float64 for float64)."""
-    patches = gather_patches(image, ids_removed, patch_size, stride).permute(0, 1, 3, 4, 2).flatten(2)
-    return normalize_patches(patches.to(torch.promote_types(image.dtype, torch.float32)), normalize, eps)
-
-
 def removed(
     pred: Tensor,
     image: Tensor,
@@ -82,7 +64,22 @@ def removed(
     return F.mse_loss(take_rows(pred, ids_removed).to(target.dtype), target)
 
 
-FORMS = {"reference": reference, "torch": removed}
+def triton(
+    pred: Tensor,
+    image: Tensor,
+    ids_removed: Tensor,
+    patch_size: tuple[int, int],
+    stride: tuple[int, int],
+    normalize: bool,
+    eps: float,
+) -> Tensor:
+    """Score the removed patches in one pass over them."""
+    from mae_kernels.kernels.masked_mse import masked_mse
+
+    return masked_mse(pred, image, ids_removed, patch_size, stride, normalize, eps)
+
+
+FORMS = {"reference": reference, "torch": removed, "triton": triton}
 
 
 def check_loss_arguments(
@@ -132,6 +129,11 @@ def check_loss_arguments(
     return patch_size, stride
 
 
+def wider(x: Tensor, image: Tensor) -> Tensor:
+    """Of the two, the tensor whose dtype decides which forms there are: an image in float64 calls for a loss in it."""
+    return image if image.dtype == torch.float64 else x
+
+
 def masked_mse(
     pred: Tensor,
     image: Tensor,
@@ -171,4 +173,5 @@ def masked_mse(
     patch_size, stride = check_loss_arguments(
         "masked_mse", image, ids_removed, sizes["L"], sizes["P"], patch_size, stride, normalize, check
     )
-    return select("masked_mse", FORMS, impl, pred)(pred, image, ids_removed, patch_size, stride, normalize, eps)
+    form = select("masked_mse", FORMS, impl, wider(pred, image))
+    return form(pred, image, ids_removed, patch_size, stride, normalize, eps)
