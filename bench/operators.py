@@ -191,7 +191,8 @@ class Workloads:
         scored, values = self._scored()
         pred = self._branch(self.batch, LENGTH, PATCH * PATCH)
         forward = values * (pred.element_size() + 4)
-        backward = forward + pred.numel() * pred.element_size()
+        # Residuals are written for backward and read there: less than reading predictions and image again.
+        backward = (2 * values + pred.numel()) * pred.element_size()
         return Workload("masked_mse", {"pred": pred, **scored}, {"patch_size": PATCH}, Floor(forward), Floor(backward))
 
     def linear_masked_mse(self) -> Workload:

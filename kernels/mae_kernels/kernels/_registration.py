@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
@@ -70,6 +71,14 @@ def num_programs(tensor: Tensor, blocks: int, *, per_multiprocessor: int) -> int
 def cover(size: int, *, least: int = 1) -> int:
     """The power of two that covers ``size``, at least ``least``: a block's length along an axis."""
     return max(triton.next_power_of_2(size), least)
+
+
+_OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def operand_dtype(dtype: torch.dtype) -> tl.dtype:
+    """What operands of ``tl.dot`` are rounded to. The interpreter holds bfloat16 as integers, and multiplies these."""
+    return tl.float32 if INTERPRETED else _OPERANDS[dtype]
 
 
 def dot_precision(tensor: Tensor) -> str:

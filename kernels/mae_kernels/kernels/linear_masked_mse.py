@@ -20,22 +20,15 @@ from torch.autograd.function import once_differentiable
 from mae_kernels._autocast import compute_dtype
 from mae_kernels._targets import image_gradient
 from mae_kernels.kernels._patches import grid_columns, moments, patch_constants, patch_start, value_offset
-from mae_kernels.kernels._registration import INTERPRETED, cover, dot_precision, num_programs, register
+from mae_kernels.kernels._registration import cover, dot_precision, num_programs, operand_dtype, register
 
 # Bytes of a row in a tile of operands, and warps that share the weight's gradient.
 _DEPTH_BYTES, _WARPS_PER_MULTIPROCESSOR = 128, 16
-
-_TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def _tile(dtype: torch.dtype) -> tuple[int, int]:
     """Side of a square tile of products of ``dtype``, and its warps. Those of float32 do without tensor cores."""
     return (128, 8) if dtype.itemsize == 2 else (64, 4)
-
-
-def _product(dtype: torch.dtype) -> tl.dtype:
-    """What operands are rounded to. The interpreter holds bfloat16 as integers, and would multiply these."""
-    return tl.float32 if INTERPRETED else _TL_DTYPES[dtype]
 
 
 @triton.jit
@@ -291,7 +284,7 @@ def linear_masked_mse_forward(
         BLOCK_ROWS=side,
         BLOCK_P=block_p,
         BLOCK_D=min(cover(dim, least=16), _DEPTH_BYTES // hidden.element_size()),
-        PRODUCT=_product(weight.dtype),
+        PRODUCT=operand_dtype(weight.dtype),
         PRECISION=dot_precision(weight),
         num_warps=warps,
     )
@@ -333,7 +326,7 @@ def linear_masked_mse_weight_gradient(
         BLOCK_ROWS=block_rows,
         BLOCK_P=block_p,
         BLOCK_D=block_d,
-        PRODUCT=_product(dtype),
+        PRODUCT=operand_dtype(dtype),
         PRECISION=dot_precision(residual),
         num_warps=warps,
     )
@@ -368,7 +361,7 @@ def linear_masked_mse_hidden_gradient(
         BLOCK_ROWS=side,
         BLOCK_D=block_d,
         BLOCK_P=min(cover(values, least=16), _DEPTH_BYTES // residual.element_size()),
-        PRODUCT=_product(weight.dtype),
+        PRODUCT=operand_dtype(weight.dtype),
         PRECISION=dot_precision(weight),
         num_warps=warps,
     )

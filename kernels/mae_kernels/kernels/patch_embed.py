@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from mae_kernels._autocast import compute_dtype
 from mae_kernels.kernels._patches import patch_start
-from mae_kernels.kernels._registration import INTERPRETED, cover, dot_precision, num_programs, register
+from mae_kernels.kernels._registration import cover, dot_precision, num_programs, operand_dtype, register
 from mae_kernels.patches import grid_shape, scatter_patches
 
 
@@ -218,13 +218,6 @@ _FLOAT32_BACKWARD = _Tile(rows=16, dim=64, values=64, warps=4, stages=3, per_mul
 # The largest patch that a block of rows is held of, in shared memory: 32 KiB.
 _HELD_VALUES = 256
 
-_TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-def _product(dtype: torch.dtype) -> tl.dtype:
-    # Triton's interpreter holds bfloat16 as integers, and multiplies these.
-    return tl.float32 if INTERPRETED else _TL_DTYPES[dtype]
-
 
 def _patch_constants(weight_shape: Sequence[int], stride: Sequence[int]) -> dict[str, int]:
     dim, channels, height, width = weight_shape
@@ -301,7 +294,7 @@ def patch_embed_forward(
         HAS_POSITION=position is not None,
         HAS_CLS=cls_token is not None,
         HAS_CLS_POSITION=position is not None and position.shape[0] > grid_rows * grid_columns,
-        PRODUCT=_product(weight.dtype),
+        PRODUCT=operand_dtype(weight.dtype),
         PRECISION=dot_precision(weight),
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -362,7 +355,7 @@ def patch_embed_backward(
         BLOCK_P=block_p,
         HAS_BIAS=has_bias,
         HAS_CLS=grad.shape[1] > ids_keep.shape[1],
-        PRODUCT=_product(dtype),
+        PRODUCT=operand_dtype(dtype),
         PRECISION=dot_precision(grad),
         num_warps=tile.warps,
         num_stages=tile.stages,
