@@ -8,12 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mae_kernels import random_mask
+from mae_kernels.ops.random_mask import reference
 from torch import Tensor
 
-from .calls import CALLS, torch_forms
+from .calls import CALLS, KERNEL_DEVICE
 from .tolerance import SIGMAS, assert_binomial
 
-FORMS = torch_forms("random_mask")
+FORMS = ["reference", "torch", "triton"]
 SEEDS = [0, 1, 2024, -1, -(2**63), 2**63 - 1, 2**32, -(2**32)]
 
 # Kept, then removed positions of 16, by seed. They are part of the operator's meaning: a run that is resumed or
@@ -41,6 +42,12 @@ def shuffle(seed: int, length: int) -> list[int]:
     return sorted(range(length), key=lambda position: hash32(hash32(position ^ key1) ^ key2))
 
 
+def draw(seeds: Tensor, length: int, keep: int, impl: str) -> tuple[Tensor, ...]:
+    """What a form gives where it runs, brought back."""
+    device = KERNEL_DEVICE if impl == "triton" else "cpu"
+    return tuple(result.cpu() for result in random_mask(seeds.to(device), length, keep, impl=impl))
+
+
 def removed(seeds: Tensor, length: int, keep: int) -> Tensor:
     """``(B, length)`` float64, 1 where removed."""
     return random_mask(seeds, length, keep)[3].double()
@@ -48,15 +55,15 @@ def removed(seeds: Tensor, length: int, keep: int) -> Tensor:
 
 @pytest.mark.parametrize("impl", FORMS)
 def test_golden_rows(impl):
-    ids_keep, ids_removed, *_ = random_mask(torch.tensor(list(GOLDEN)), 16, 5, impl=impl)
+    ids_keep, ids_removed, *_ = draw(torch.tensor(list(GOLDEN)), 16, 5, impl)
     assert torch.cat([ids_keep, ids_removed], dim=1).tolist() == list(GOLDEN.values())
 
 
 @pytest.mark.parametrize("impl", FORMS)
-@pytest.mark.parametrize(("length", "keep"), [(512, 102), (97, 13), (1212, 242), (7, 7), (5, 0), (1, 1)])
+@pytest.mark.parametrize(("length", "keep"), [(512, 102), (97, 13), (601, 120), (7, 7), (5, 0), (1, 1)])
 def test_equals_the_formula_in_whole_numbers(length, keep, impl):
     order = [shuffle(seed, length) for seed in SEEDS]
-    ids_keep, ids_removed, ids_restore, mask = random_mask(torch.tensor(SEEDS), length, keep, impl=impl)
+    ids_keep, ids_removed, ids_restore, mask = draw(torch.tensor(SEEDS), length, keep, impl)
     assert ids_keep.tolist() == [row[:keep] for row in order]
     assert ids_removed.tolist() == [row[keep:] for row in order]
     assert ids_restore.tolist() == [[row.index(position) for position in range(length)] for row in order]
@@ -73,7 +80,7 @@ def test_equals_the_formula_in_whole_numbers(length, keep, impl):
 def test_the_four_results_agree(impl, seeds, length, share):
     keep = round(share * length)
     seeds = torch.tensor(seeds, dtype=torch.int64)
-    ids_keep, ids_removed, ids_restore, mask = random_mask(seeds, length, keep, impl=impl)
+    ids_keep, ids_removed, ids_restore, mask = draw(seeds, length, keep, impl)
 
     shapes = [tuple(t.shape) for t in (ids_keep, ids_removed, ids_restore, mask)]
     assert shapes == [(len(seeds), n) for n in (keep, length - keep, length, length)]
@@ -88,13 +95,53 @@ def test_the_four_results_agree(impl, seeds, length, share):
 @pytest.mark.parametrize("impl", FORMS)
 def test_a_row_depends_on_its_seed_alone(impl):
     seeds = torch.tensor([*SEEDS, 5, 5])
-    whole = random_mask(seeds, 64, 13, impl=impl)
-    shuffled = random_mask(seeds.flip(0), 64, 13, impl=impl)
+    whole = draw(seeds, 64, 13, impl)
+    shuffled = draw(seeds.flip(0), 64, 13, impl)
     for row, seed in enumerate(seeds):
-        alone = random_mask(seed[None], 64, 13, impl=impl)
+        alone = draw(seed[None], 64, 13, impl)
         for one, many, flipped in zip(alone, whole, shuffled, strict=True):
             assert torch.equal(one[0], many[row])
             assert torch.equal(one[0], flipped[len(seeds) - 1 - row])
+
+
+FUSED = ["torch", "triton"]
+
+
+def assert_equals_the_reference(seeds: Tensor, length: int, keep: int, impl: str) -> None:
+    for fused, published in zip(draw(seeds, length, keep, impl), reference(seeds, length, keep), strict=True):
+        assert torch.equal(fused, published)
+
+
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("batch", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("length", "keep"), [(1, 0), (2, 1), (31, 31), (32, 31), (33, 0), (63, 12), (64, 1), (65, 64), (257, 51)]
+)
+def test_equals_the_reference_around_the_blocks(length, keep, batch, impl):
+    seeds = torch.randint(-(2**63), 2**63 - 1, (batch,), generator=torch.Generator().manual_seed(length))
+    assert_equals_the_reference(seeds, length, keep, impl)
+
+
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize(("length", "keep"), [(8191, 1638), (8192, 1638), (2053, 2053)])
+def test_equals_the_reference_in_a_long_row(length, keep, impl, monkeypatch):
+    if KERNEL_DEVICE == "cpu":  # the interpreter takes its time for a block, whatever its size
+        monkeypatch.setattr("mae_kernels.kernels.random_mask._BLOCK", 1024)
+        monkeypatch.setattr("mae_kernels.kernels.random_mask._BLOCK_OTHERS", 1024)
+    assert_equals_the_reference(torch.tensor([2**40]), length, keep, impl)
+
+
+@pytest.mark.parametrize("impl", FUSED)
+@settings(deadline=None, max_examples=20)
+@given(seeds=st.lists(st.integers(-(2**63), 2**63 - 1), max_size=3), length=st.integers(0, 200), share=st.floats(0, 1))
+def test_equals_the_reference(impl, seeds, length, share):
+    assert_equals_the_reference(torch.tensor(seeds, dtype=torch.int64), length, round(share * length), impl)
+
+
+@pytest.mark.parametrize("impl", FUSED)
+def test_strided_seeds_are_read_as_they_are(impl):
+    assert_equals_the_reference(torch.tensor(SEEDS)[::2], 16, 5, impl)
+    assert_equals_the_reference(torch.tensor([7]).expand(3), 16, 5, impl)
 
 
 def test_keeping_more_keeps_what_was_kept():

@@ -97,6 +97,7 @@ def assert_kernel_accurate(
         assert (actual.shape, actual.dtype) == (plain.shape, plain.dtype), what
         if truth.numel() == 0:
             continue
+        truth = truth.double()
         error, allowed = ((x.double() - truth).abs().max().item() for x in (actual, plain))
         bound = 2 * allowed + KERNEL_ERROR[dtype] * truth.abs().max().item()
         assert error <= bound, f"{what} in {dtype} is off by {error:.2e}, PyTorch by {allowed:.2e}: over {bound:.2e}"

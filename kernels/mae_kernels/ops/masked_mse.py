@@ -9,8 +9,8 @@ x``.
 
 Tensors: ``pred (B, L, P)`` with P = C ph pw, ``image (B, C, H, W)``, ``ids_removed (B, R / B)`` int64; out a float32
 scalar (float64 for float64). With N = R P, for s bytes a value of ``pred`` and i of ``image``, least traffic is (s +
-i) N bytes and 8 N FLOPs forward, s (N + B L P) bytes and 2 N FLOPs backward, which writes zeros for visible patches. The
-s N bytes of residuals that backward reads are written by forward; to compute them again it would read i N more.
+i) N bytes and 8 N FLOPs forward, s (N + B L P) bytes and 2 N FLOPs backward, which writes zeros for visible patches.
+The s N bytes of residuals that backward reads are written by forward; to compute them again it would read i N more.
 """
 
 from collections.abc import Sequence

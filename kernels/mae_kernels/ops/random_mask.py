@@ -19,28 +19,25 @@ from torch import Tensor
 
 from mae_kernels._checks import check_shapes
 from mae_kernels._forms import select
+from mae_kernels._hash import HASH_MULTIPLIERS, KEY_SALTS
 
 _LOW_32_BITS = 0xFFFFFFFF
 
 
 def _hash32(x: Tensor) -> Tensor:
-    """Mix 32-bit values held in int64; a bijection.
-
-    Two multiply-xorshift rounds with constants of the "hash prospector" search (C. Wellons,
-    github.com/skeeto/hash-prospector). Both are below 2^31, so that no product of int64 overflows.
-    """
+    """Mix 32-bit values held in int64; a bijection."""
     x = x ^ (x >> 16)
-    x = (x * 0x21F0AAAD) & _LOW_32_BITS
+    x = (x * HASH_MULTIPLIERS[0]) & _LOW_32_BITS
     x = x ^ (x >> 15)
-    x = (x * 0x735A2D97) & _LOW_32_BITS
+    x = (x * HASH_MULTIPLIERS[1]) & _LOW_32_BITS
     return x ^ (x >> 15)
 
 
 def noise(seeds: Tensor, length: int) -> Tensor:
     """Noise of each position, ``(B, length)`` int64 in ``[0, 2^32)``, without ties in a row."""
     low, high = seeds & _LOW_32_BITS, (seeds >> 32) & _LOW_32_BITS
-    key1 = _hash32(_hash32(high ^ 0x9E3779B9) ^ low)
-    key2 = _hash32(_hash32(low ^ 0x85EBCA6B) ^ high)
+    key1 = _hash32(_hash32(high ^ KEY_SALTS[0]) ^ low)
+    key2 = _hash32(_hash32(low ^ KEY_SALTS[1]) ^ high)
     positions = torch.arange(length, device=seeds.device)
     return _hash32(_hash32(positions ^ key1[:, None]) ^ key2[:, None])
 
@@ -52,7 +49,22 @@ def reference(seeds: Tensor, length: int, keep: int) -> tuple[Tensor, Tensor, Te
     return ids_shuffle[:, :keep].contiguous(), ids_shuffle[:, keep:].contiguous(), ids_restore, ids_restore >= keep
 
 
-FORMS = {"reference": reference}
+def scatter(seeds: Tensor, length: int, keep: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sort once: the place of each position is scattered from its order."""
+    ids_shuffle = noise(seeds, length).argsort(dim=1)
+    places = torch.arange(length, device=seeds.device).expand_as(ids_shuffle)
+    ids_restore = torch.empty_like(ids_shuffle).scatter_(1, ids_shuffle, places)
+    return ids_shuffle[:, :keep].contiguous(), ids_shuffle[:, keep:].contiguous(), ids_restore, ids_restore >= keep
+
+
+def triton(seeds: Tensor, length: int, keep: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Count the smaller noise of a row, drawn where it is compared."""
+    from mae_kernels.kernels.random_mask import random_mask
+
+    return random_mask(seeds.contiguous(), length, keep)
+
+
+FORMS = {"reference": reference, "torch": scatter, "triton": triton}
 
 
 def random_mask(seeds: Tensor, length: int, keep: int, *, impl: str = "auto") -> tuple[Tensor, Tensor, Tensor, Tensor]:
