@@ -159,7 +159,7 @@ def read_ptx(ptx: str, target: str) -> dict[str, Any]:
     return {
         "registers": int(registers[1]),
         "spill_bytes": sum(map(int, spills)),
-        "load_bits": _widths("ld", ptx),
+        "load_bits": _widths("ld", ptx),  # with those that go straight to shared memory
         "store_bits": _widths("st", ptx),
         "tensor_core": {name: ptx.count(name) for name in TENSOR_CORE if name in ptx},
     }
@@ -168,7 +168,10 @@ def read_ptx(ptx: str, target: str) -> dict[str, Any]:
 def _widths(instruction: str, ptx: str) -> dict[int, int]:
     """Count of global accesses by bits."""
     found = re.findall(rf"\b{instruction}\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)", ptx)
-    return dict(sorted(Counter(int(lanes or 1) * int(bits) for lanes, bits in found).items(), reverse=True))
+    widths = [int(lanes or 1) * int(bits) for lanes, bits in found]
+    if instruction == "ld":
+        widths += [8 * int(size, 16) for size in re.findall(r"\bcp\.async\.c\w\.shared\.global.*?, (0x\w+)", ptx)]
+    return dict(sorted(Counter(widths).items(), reverse=True))
 
 
 def resident_warps(target: str, registers: int, shared_bytes: int, warps: int) -> int:
