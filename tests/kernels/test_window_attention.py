@@ -156,6 +156,26 @@ def test_the_cosine_of_nothing_is_zero(impl):
     assert qkv.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("logits", LOGITS)
+@pytest.mark.parametrize("layout", [((2, 4), (2, 2), (1, 1)), ((3, 2), (2, 2), (0, 0))], ids=str)
+def test_gradients_of_the_torch_form_are_those_of_its_output(layout, logits):
+    tensors, options = arguments(layout, logits, batch=1, num_heads=2, head_dim=3)
+    leaves = [tensor.requires_grad_() for tensor in tensors.values()]
+
+    def run(*values: Tensor) -> Tensor:
+        return window_attention(**dict(zip(tensors, values, strict=True)), **options, impl="torch")
+
+    assert torch.autograd.gradcheck(run, leaves)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 5])
+def test_the_torch_form_takes_samples_in_chunks(samples, monkeypatch):
+    tensors, options = arguments(((5, 7), (3, 2), (2, 1)), "cosine-scale-bias", batch=5)
+    nbytes = tensors["qkv"][:samples].nbytes
+    monkeypatch.setattr("mae_kernels.ops.window_attention._CHUNK_BYTES", nbytes)
+    assert_equals_token_by_token(tensors, options, "torch")
+
+
 def swin(block: Any, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
     return block.attn.qkv(x), {"bias": block.attn._get_rel_pos_bias()[0]}
 

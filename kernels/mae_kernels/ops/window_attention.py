@@ -12,17 +12,35 @@ cosine attention with a learnt scale; V2-CR (as in timm, and in Audio-MAE's deco
 log offsets.
 
 Tensors: ``qkv (B, L, 3 C)`` laid out [q | k | v][head][dim], ``bias (heads, A, A)``, ``scale (heads,)`` or a number;
-out ``(B, L, C)``. With s bytes a value: least traffic is 4 s B L C bytes, and 4 B L A C FLOPs.
+out ``(B, L, C)``. With s bytes a value, without padding: least traffic, forward: 4 s B L C bytes; 4 B L A C FLOPs.
+Backward: 7 s B L C bytes; 10 B L A C FLOPs, a fifth of them to have the probabilities again. Fused forms keep nothing
+for backward but their arguments. The Triton form reads qkv and the gradient a second time where a window is larger
+than a tile: 11 s B L C bytes, 14 B L A C FLOPs.
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from mae_kernels._autocast import compute_dtype
 from mae_kernels._checks import check_devices, check_floating, check_shapes, pair
 from mae_kernels._forms import select
-from mae_kernels.windows import padded_grid, window_mask, window_merge, window_partition
+from mae_kernels.windows import (
+    padded_grid,
+    token_slots,
+    window_mask,
+    window_merge,
+    window_partition,
+    window_tokens,
+)
+
+# On CPUs the torch form takes so much of qkv at a time, which stays in a core's cache with what is made of it.
+_CHUNK_BYTES = 4 * 2**20
+
+# The Triton form holds all keys of a window in a tile, padded to powers of two: at most so many, and of so many values.
+_LARGEST_AREA, _LARGEST_TILE = 256, 2**14
 
 
 def attend(
@@ -74,7 +92,7 @@ def reference(
     window: tuple[int, int],
     shift: tuple[int, int],
     bias: Tensor | None,
-    scale: Tensor | float | None,
+    scale: Tensor | float,
     cosine: bool,
     cosine_eps: float,
 ) -> Tensor:
@@ -86,7 +104,220 @@ def reference(
     return window_merge(out.transpose(2, 3).flatten(3), grid, window, shift).flatten(1, 2)
 
 
-FORMS = {"reference": reference}
+class _Windows:
+    """Rows of d values, one of each token and head, as tokens lie and as windows have them.
+
+    Either way is one copy, by ids of rows: nothing is padded, rolled or transposed.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        grid: tuple[int, int],
+        window: tuple[int, int],
+        shift: tuple[int, int],
+        device: torch.device,
+    ):
+        tokens = window_tokens(grid, window, shift, device=device)
+        slots = token_slots(grid, window, shift, device=device)
+        windows, self.area = tokens.shape
+        self.num_heads = num_heads
+        self.rows = {"tokens": len(slots) * num_heads, "windows": windows * self.area * num_heads}
+        self.tokens = tokens.clamp(min=0)[:, None, :]
+        self.padding = (tokens < 0)[:, None, :, None] if padded_grid(grid, window) != grid else None
+        self.heads = torch.arange(num_heads, device=device)
+        first = slots // self.area * (num_heads * self.area) + slots % self.area
+        self.places = first[:, None, None] + self.heads * self.area
+
+    def take(self, x: Tensor, parts: int) -> Tensor:
+        """Take windows ``(parts, B windows heads, A, d)`` from ``x (B, L, parts heads d)``; padding is zeros."""
+        dim = x.shape[2] // (parts * self.num_heads)
+        sample, part = (torch.arange(size, device=x.device) for size in (x.shape[0], parts))
+        ids = self.tokens * (parts * self.num_heads) + self.heads[:, None]
+        ids = ids + (sample * (parts * self.rows["tokens"]))[:, None, None, None]
+        ids = ids + (part * self.num_heads)[:, None, None, None, None]
+        rows = x.reshape(-1, dim).index_select(0, ids.flatten())
+        if self.padding is not None:
+            rows.view(*ids.shape, dim).masked_fill_(self.padding, 0)
+        return rows.view(parts, -1, self.area, dim)
+
+    def put(self, windows: Tensor, out: Tensor) -> None:
+        """Undo :meth:`take`: windows ``(parts, B windows heads, A, d)`` into ``out (B, L, parts heads d)``."""
+        parts, dim = windows.shape[0], windows.shape[3]
+        sample, part = (torch.arange(size, device=out.device) for size in (out.shape[0], parts))
+        ids = self.places + (part * (out.shape[0] * self.rows["windows"]))[:, None]
+        ids = ids + (sample * self.rows["windows"])[:, None, None, None]
+        torch.index_select(windows.view(-1, dim), 0, ids.flatten(), out=out.view(-1, dim))
+
+
+def _recompute_attention(
+    q: Tensor, k: Tensor, offset: Tensor, scale: Tensor, eps: float | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Attend in windows of queries and keys ``(N, A, d)``.
+
+    Args:
+        q: Queries of N = batch x windows x heads.
+        k: Keys.
+        offset: Bias and mask, ``(windows or 1, heads, A, A)``, float32 or float64.
+        scale: ``(heads or 1, 1, 1)``, likewise.
+        eps: Least product of norms; None divides by none.
+
+    Returns:
+        ``(N, A, A)`` in the dtype of ``offset``: probabilities, products (cosines), and products of norms or None.
+    """
+    products, norms = torch.bmm(q, k.transpose(1, 2)).to(offset.dtype), None
+    if eps is not None:
+        norms_q, norms_k = (torch.linalg.vector_norm(x, dim=-1, dtype=offset.dtype) for x in (q, k))
+        norms = norms_q.unsqueeze(2) * norms_k.unsqueeze(1)
+        products.div_(norms.clamp(min=eps))
+    logits = torch.addcmul(offset, products.view(-1, *offset.shape), scale)
+    return logits.softmax(dim=-1).view_as(products), products, norms
+
+
+def _project_out(gradient: Tensor, x: Tensor, along: Tensor) -> None:
+    """Take ``along (N, A)``, the gradient's part along x, from ``gradient (N, A, d)``."""
+    squares = torch.linalg.vector_norm(x, dim=-1, dtype=along.dtype).square()
+    along = along / squares.clamp(min=torch.finfo(along.dtype).tiny)
+    gradient.addcmul_(x, along.unsqueeze(2).to(x.dtype), value=-1)
+
+
+class _Recompute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, bias, scale, eps, num_heads, grid, window, shift):
+        ctx.save_for_backward(qkv, bias, scale)
+        ctx.options = eps, num_heads, grid, window, shift
+        windows = _Windows(num_heads, grid, window, shift, qkv.device)
+        offset, factor = _offset_and_factor(qkv, bias, scale, num_heads, grid, window, shift)
+        out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
+        samples = _samples_of_a_chunk(qkv)
+        for qkv_part, out_part in zip(qkv.split(samples), out.split(samples), strict=True):
+            q, k, v = windows.take(qkv_part, 3)
+            p, _, _ = _recompute_attention(q, k, offset, factor, eps)
+            windows.put(torch.bmm(p.to(v.dtype), v).unsqueeze(0), out_part)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        qkv, bias, scale = ctx.saved_tensors
+        eps, num_heads, grid, window, shift = ctx.options
+        _, needs_bias, needs_scale, *_ = ctx.needs_input_grad
+        windows = _Windows(num_heads, grid, window, shift, qkv.device)
+        offset, factor = _offset_and_factor(qkv, bias, scale, num_heads, grid, window, shift)
+        d_qkv, d_bias, d_scale = torch.empty_like(qkv), torch.zeros_like(offset[0]), torch.zeros_like(factor.flatten())
+        samples = _samples_of_a_chunk(qkv)
+        for qkv_part, grad_part, d_qkv_part in zip(*(x.split(samples) for x in (qkv, grad, d_qkv)), strict=True):
+            taken = windows.take(qkv_part, 3)
+            q, k, v = taken
+            (d_out,) = windows.take(grad_part, 1)
+            p, products, norms = _recompute_attention(q, k, offset, factor, eps)
+            d_taken = torch.empty_like(taken)
+            d_q, d_k, d_v = d_taken
+            torch.bmm(p.to(q.dtype).transpose(1, 2), d_out, out=d_v)
+            d_logits = torch.bmm(d_out, v.transpose(1, 2)).to(p.dtype)
+            d_logits.sub_((d_logits * p).sum(dim=-1, keepdim=True)).mul_(p)
+            by_head = (-1, *d_bias.shape)
+            if needs_bias:
+                d_bias += d_logits.view(by_head).sum(dim=0)
+            products.mul_(d_logits)
+            if needs_scale:
+                d_scale += products.view(by_head).sum(dim=(0, 2, 3))
+            d_logits.view(by_head).mul_(factor)
+            if norms is not None:
+                d_logits.div_(norms.clamp(min=eps))
+            d_products = d_logits.to(q.dtype)
+            torch.bmm(d_products, k, out=d_q)
+            torch.bmm(d_products.transpose(1, 2), q, out=d_k)
+            if norms is not None:
+                # Where the norms are below eps, the cosine does not depend on them.
+                products.masked_fill_(norms < eps, 0).view(by_head).mul_(factor)
+                _project_out(d_q, q, products.sum(dim=2))
+                _project_out(d_k, k, products.sum(dim=1))
+            windows.put(d_taken, d_qkv_part)
+        return (
+            d_qkv,
+            d_bias.to(bias.dtype) if needs_bias else None,
+            d_scale.to(scale.dtype) if needs_scale else None,
+            *(None,) * 5,
+        )
+
+
+def _offset_and_factor(
+    qkv: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    num_heads: int,
+    grid: tuple[int, int],
+    window: tuple[int, int],
+    shift: tuple[int, int],
+) -> tuple[Tensor, Tensor]:
+    """Bias and mask ``(windows or 1, heads, A, A)``, and the scale ``(heads or 1, 1, 1)``."""
+    dtype = torch.promote_types(qkv.dtype, torch.float32)
+    area = window[0] * window[1]
+    offset = qkv.new_zeros((num_heads, area, area), dtype=dtype) if bias is None else bias.to(dtype)
+    mask = window_mask(grid, window, shift, device=qkv.device, dtype=dtype)
+    return offset[None] if mask is None else offset + mask[:, None], scale.to(dtype)[:, None, None]
+
+
+def _samples_of_a_chunk(qkv: Tensor) -> int:
+    """Samples that are attended to at a time: on CPUs as many as stay in the cache, in a traced loop all."""
+    if qkv.device.type != "cpu" or torch.compiler.is_compiling():
+        return max(qkv.shape[0], 1)
+    return max(_CHUNK_BYTES // (qkv.shape[1:].numel() * qkv.element_size()), 1)
+
+
+def recompute(
+    qkv: Tensor,
+    num_heads: int,
+    grid: tuple[int, int],
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    bias: Tensor | None,
+    scale: Tensor | float,
+    cosine: bool,
+    cosine_eps: float,
+) -> Tensor:
+    """Copy rows into windows and back, keep the arguments alone, and compute the probabilities again in backward."""
+    qkv = qkv.to(compute_dtype(qkv.device.type, qkv.dtype)).contiguous()
+    if not isinstance(scale, Tensor):
+        scale = qkv.new_full((1,), scale, dtype=torch.float64)
+    return _Recompute.apply(qkv, bias, scale, cosine_eps if cosine else None, num_heads, grid, window, shift)
+
+
+def fits_a_tile(area: int, dim: int) -> bool:
+    """Whether the Triton form takes windows of ``area`` tokens with heads of ``dim``."""
+    tokens, width = (1 << (max(size, 16) - 1).bit_length() for size in (area, dim))
+    return area <= _LARGEST_AREA and tokens * width <= _LARGEST_TILE
+
+
+def triton(
+    qkv: Tensor,
+    num_heads: int,
+    grid: tuple[int, int],
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    bias: Tensor | None,
+    scale: Tensor | float,
+    cosine: bool,
+    cosine_eps: float,
+) -> Tensor:
+    """Attend to windows where they lie.
+
+    Raises:
+        ValueError: A window does not fit a tile.
+    """
+    area, dim = window[0] * window[1], qkv.shape[2] // (3 * num_heads)
+    if not fits_a_tile(area, dim):
+        raise ValueError(
+            f"window_attention: impl is 'triton' for windows of {area} tokens and heads of {dim}, expected at most "
+            f"{_LARGEST_AREA} tokens, and {_LARGEST_TILE} values with both rounded up to powers of two"
+        )
+    from mae_kernels.kernels.window_attention import window_attention
+
+    return window_attention(qkv, num_heads, grid, window, shift, bias, scale, cosine, cosine_eps)
+
+
+FORMS = {"reference": reference, "torch": recompute, "triton": triton}
 
 
 def window_attention(
@@ -148,5 +379,10 @@ def window_attention(
         )
     check_floating(operator, qkv=qkv, bias=bias, scale=scale_tensor)
     check_devices(operator, qkv=qkv, bias=bias, scale=scale_tensor)
+    dim = sizes["3C"] // (3 * num_heads)
+    if scale is None:
+        scale = 1.0 if cosine else dim**-0.5
+    if impl == "auto" and not fits_a_tile(area, dim):
+        impl = "torch"
     form = select(operator, FORMS, impl, qkv)
     return form(qkv, num_heads, (rows, columns), window, shift, bias, scale, cosine, cosine_eps)
