@@ -46,8 +46,7 @@ def window_merge(x: Tensor, grid: tuple[int, int], window: tuple[int, int], shif
 def window_tokens(
     grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], *, device: torch.device
 ) -> Tensor:
-    """Token at every place of every window, ``(number of windows, A)``, as :func:`window_partition` puts them; -1 where
-    there is padding."""
+    """Token at every place of every window, ``(number of windows, A)``; -1 is padding."""
     tokens = torch.arange(1, grid[0] * grid[1] + 1, device=device).view(1, *grid)
     return window_partition(tokens, window, shift)[0] - 1
 
@@ -55,7 +54,7 @@ def window_tokens(
 def token_slots(
     grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], *, device: torch.device
 ) -> Tensor:
-    """Where every token is, ``(L,)``, as the number of its window times A plus its place there."""
+    """Where windows have every token, ``(L,)``: the number of its window times A, plus its place there."""
     padded = padded_grid(grid, window)
     slots = torch.arange(padded[0] * padded[1], device=device).view(1, -1, window[0] * window[1], 1)
     return window_merge(slots, grid, window, shift).flatten()

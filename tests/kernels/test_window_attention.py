@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -95,9 +96,11 @@ def arguments(
     return {name: t for name, t in tensors.items() if name == "qkv" or settings.get(name) == "tensor"}, options
 
 
-def assert_equals_token_by_token(tensors: dict[str, Tensor], options: dict[str, Any], impl: str) -> None:
+def assert_equals_token_by_token(
+    tensors: dict[str, Tensor], options: dict[str, Any], impl: str, run: Callable[..., Tensor] = window_attention
+) -> None:
     assert_same_function(
-        lambda **tensors: window_attention(**tensors, **options, impl=impl),
+        lambda **tensors: run(**tensors, **options, impl=impl),
         lambda **tensors: attend_token_by_token(**tensors, **options),
         tensors,
     )
@@ -174,6 +177,16 @@ def test_the_torch_form_takes_samples_in_chunks(samples, monkeypatch):
     nbytes = tensors["qkv"][:samples].nbytes
     monkeypatch.setattr("mae_kernels.ops.window_attention._CHUNK_BYTES", nbytes)
     assert_equals_token_by_token(tensors, options, "torch")
+
+
+def test_the_torch_form_compiles_for_any_batch():
+    """Without a graph break, and no more than once for all sizes but the first."""
+    torch.compiler.reset()
+    compiled = torch.compile(window_attention, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        for batch in (2, 3, 5):
+            tensors, options = arguments(((5, 4), (2, 3), (1, 2)), "cosine-scale-bias", batch=batch)
+            assert_equals_token_by_token(tensors, options, "torch", compiled)
 
 
 def swin(block: Any, x: Tensor) -> tuple[Tensor, dict[str, Any]]:

@@ -125,7 +125,7 @@ def cuts(draw: st.DrawFn) -> tuple:
     return grid, window, shift, draw(st.integers(1, 2)), draw(st.integers(1, 5))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=20)
 @given(cut=cuts(), batch=st.integers(1, 2))
 def test_any_cut(cut, batch):
     tensors, options = arguments(cut, "v2", batch=batch)

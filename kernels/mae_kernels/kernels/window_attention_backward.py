@@ -1,13 +1,14 @@
-"""Backward of :mod:`mae_kernels.kernels.window_attention`, which recomputes the probabilities.
+r"""Backward of :mod:`mae_kernels.kernels.window_attention`, which recomputes the probabilities.
 
-With :math:`u_{ij}` the reciprocal of the norms' product, at most 1 / eps, :math:`c = u \\odot q k^T` (without norms
-:math:`u = 1`) and :math:`g = p \\odot (dp - \\sum_j p \\, dp)` the gradient of the logits, that of the queries is
+With :math:`u_{ij} = 1 / \max(|q_i| |k_j|, \epsilon)`, or 1 without ``cosine``, and the gradient of the logits
+:math:`g_{ij} = p_{ij} (dp_{ij} - \sum_j p_{ij} \, dp_{ij})`, the gradient of the queries is
 
-.. math:: dq_i = s \\sum_j g_{ij} u_{ij} \\, k_j - \\frac{q_i}{|q_i|^2} \\, s \\sum_j [\\,u_{ij} < 1/\\epsilon\\,] \\,
-    g_{ij} c_{ij}
+.. math:: dq_i = s \sum_j g_{ij} u_{ij} \, k_j - s \, \frac{q_i}{|q_i|^2} \sum_{j : |q_i| |k_j| \ge \epsilon}
+    g_{ij} u_{ij} \langle q_i, k_j \rangle
 
-with the second term only where there are norms, and that of the keys is alike; the scale's is the sum of :math:`g c`,
-the bias's the sum of :math:`g` over windows, which programs sum in registers before it is summed over programs.
+with the second sum only with ``cosine``; that of the keys is alike. The scale's is the sum of :math:`g_{ij} u_{ij}
+\langle q_i, k_j \rangle`, and the bias's the sum of :math:`g` over windows, which a capped number of programs add up in
+registers before it is summed over programs.
 
 A window that fits one tile gets all its gradients from it. Larger ones take two passes: blocks of queries with all
 keys, which leave each query's sums to the second, and blocks of keys with all queries.

@@ -122,7 +122,7 @@ class _Windows:
         slots = token_slots(grid, window, shift, device=device)
         windows, self.area = tokens.shape
         self.num_heads = num_heads
-        self.rows = {"tokens": len(slots) * num_heads, "windows": windows * self.area * num_heads}
+        self.token_rows, self.window_rows = len(slots) * num_heads, windows * self.area * num_heads  # of a sample
         self.tokens = tokens.clamp(min=0)[:, None, :]
         self.padding = (tokens < 0)[:, None, :, None] if padded_grid(grid, window) != grid else None
         self.heads = torch.arange(num_heads, device=device)
@@ -134,7 +134,7 @@ class _Windows:
         dim = x.shape[2] // (parts * self.num_heads)
         sample, part = (torch.arange(size, device=x.device) for size in (x.shape[0], parts))
         ids = self.tokens * (parts * self.num_heads) + self.heads[:, None]
-        ids = ids + (sample * (parts * self.rows["tokens"]))[:, None, None, None]
+        ids = ids + (sample * (parts * self.token_rows))[:, None, None, None]
         ids = ids + (part * self.num_heads)[:, None, None, None, None]
         rows = x.reshape(-1, dim).index_select(0, ids.flatten())
         if self.padding is not None:
@@ -145,8 +145,8 @@ class _Windows:
         """Undo :meth:`take`: windows ``(parts, B windows heads, A, d)`` into ``out (B, L, parts heads d)``."""
         parts, dim = windows.shape[0], windows.shape[3]
         sample, part = (torch.arange(size, device=out.device) for size in (out.shape[0], parts))
-        ids = self.places + (part * (out.shape[0] * self.rows["windows"]))[:, None]
-        ids = ids + (sample * self.rows["windows"])[:, None, None, None]
+        ids = self.places + (part * (out.shape[0] * self.window_rows))[:, None]
+        ids = ids + (sample * self.window_rows)[:, None, None, None]
         torch.index_select(windows.view(-1, dim), 0, ids.flatten(), out=out.view(-1, dim))
 
 
@@ -189,8 +189,7 @@ class _Recompute(torch.autograd.Function):
         windows = _Windows(num_heads, grid, window, shift, qkv.device)
         offset, factor = _offset_and_factor(qkv, bias, scale, num_heads, grid, window, shift)
         out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
-        samples = _samples_of_a_chunk(qkv)
-        for qkv_part, out_part in zip(qkv.split(samples), out.split(samples), strict=True):
+        for qkv_part, out_part in _in_chunks(qkv, out):
             q, k, v = windows.take(qkv_part, 3)
             p, _, _ = _recompute_attention(q, k, offset, factor, eps)
             windows.put(torch.bmm(p.to(v.dtype), v).unsqueeze(0), out_part)
@@ -205,15 +204,14 @@ class _Recompute(torch.autograd.Function):
         windows = _Windows(num_heads, grid, window, shift, qkv.device)
         offset, factor = _offset_and_factor(qkv, bias, scale, num_heads, grid, window, shift)
         d_qkv, d_bias, d_scale = torch.empty_like(qkv), torch.zeros_like(offset[0]), torch.zeros_like(factor.flatten())
-        samples = _samples_of_a_chunk(qkv)
-        for qkv_part, grad_part, d_qkv_part in zip(*(x.split(samples) for x in (qkv, grad, d_qkv)), strict=True):
+        for qkv_part, grad_part, d_qkv_part in _in_chunks(qkv, grad, d_qkv):
             taken = windows.take(qkv_part, 3)
             q, k, v = taken
             (d_out,) = windows.take(grad_part, 1)
             p, products, norms = _recompute_attention(q, k, offset, factor, eps)
             d_taken = torch.empty_like(taken)
             d_q, d_k, d_v = d_taken
-            torch.bmm(p.to(q.dtype).transpose(1, 2), d_out, out=d_v)
+            d_v.baddbmm_(p.to(q.dtype).transpose(1, 2), d_out, beta=0)
             d_logits = torch.bmm(d_out, v.transpose(1, 2)).to(p.dtype)
             d_logits.sub_((d_logits * p).sum(dim=-1, keepdim=True)).mul_(p)
             by_head = (-1, *d_bias.shape)
@@ -226,8 +224,8 @@ class _Recompute(torch.autograd.Function):
             if norms is not None:
                 d_logits.div_(norms.clamp(min=eps))
             d_products = d_logits.to(q.dtype)
-            torch.bmm(d_products, k, out=d_q)
-            torch.bmm(d_products.transpose(1, 2), q, out=d_k)
+            d_q.baddbmm_(d_products, k, beta=0)
+            d_k.baddbmm_(d_products.transpose(1, 2), q, beta=0)
             if norms is not None:
                 # Where the norms are below eps, the cosine does not depend on them.
                 products.masked_fill_(norms < eps, 0).view(by_head).mul_(factor)
@@ -259,11 +257,12 @@ def _offset_and_factor(
     return offset[None] if mask is None else offset + mask[:, None], scale.to(dtype)[:, None, None]
 
 
-def _samples_of_a_chunk(qkv: Tensor) -> int:
-    """Samples that are attended to at a time: on CPUs as many as stay in the cache, in a traced loop all."""
+def _in_chunks(qkv: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
+    """Split tensors into chunks of samples to attend to one after the other: small ones on CPUs, one when traced."""
     if qkv.device.type != "cpu" or torch.compiler.is_compiling():
-        return max(qkv.shape[0], 1)
-    return max(_CHUNK_BYTES // (qkv.shape[1:].numel() * qkv.element_size()), 1)
+        return [(qkv, *others)]
+    chunks = max(-(-qkv.nbytes // _CHUNK_BYTES), 1)
+    return list(zip(*(tensor.chunk(chunks) for tensor in (qkv, *others)), strict=True))
 
 
 def recompute(
@@ -353,7 +352,8 @@ def window_attention(
 
     Raises:
         TypeError: A wrong dtype.
-        ValueError: A wrong shape, device, window or shift.
+        ValueError: A wrong shape, device, window or shift; or ``impl`` is ``"triton"`` for windows of more than 256
+            tokens, or of more than 16384 values a head. ``"auto"`` takes the PyTorch form there.
     """
     operator = "window_attention"
     sizes = check_shapes(operator, qkv=(qkv, "B L 3C"))
