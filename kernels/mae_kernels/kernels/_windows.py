@@ -144,7 +144,7 @@ class Cut:
         return tiled
 
     def constants(self) -> dict[str, Any]:
-        """What all kernels take as constants."""
+        """What all launches have in common."""
         return {
             "HEADS": self.heads,
             "DIM": self.dim,
