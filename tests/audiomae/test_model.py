@@ -112,7 +112,8 @@ def test_every_parameter_gets_a_gradient(name):
     model = model_of(CONFIGS[name])
     model(spec_of(CONFIGS[name]), seeds=SEEDS).loss.backward()
     without = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    assert not without
+    # A constant added to all logits of a head changes no probability: what its gradient holds is rounding, or nothing.
+    assert not [key for key in without if not key.endswith("meta_mlp.fc2.bias")]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -21,7 +21,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     logits = scale * torch.einsum("bqhd,bkhd->bhqk", q, k)
     lse = logits.logsumexp(dim=3)
-    return torch.einsum("bhqk,bkhd->bqhd", (logits - lse[..., None]).exp(), v), lse
+    return torch.einsum("bhqk,bkhd->bqhd", (logits - lse[..., None]).exp(), v).contiguous(), lse
 
 
 class Stubs:

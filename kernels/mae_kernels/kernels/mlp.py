@@ -24,7 +24,7 @@ from mae_kernels.kernels._registration import cover, num_programs, register
 _COLUMNS, _FORWARD_TILE, _BACKWARD_TILE = 256, 4096, 1024
 _PROGRAMS, _STAGES = 8, 3
 
-_HALF_LOG2E = tl.constexpr(0.72134752)
+_MINUS_HALF_LOG2E = tl.constexpr(-0.72134752)
 _RSQRT_2PI = tl.constexpr(0.39894228)
 
 
@@ -99,7 +99,7 @@ def _backward_kernel(
         if WRITE_ACTIVATION:
             tl.store(activation_ptr + place, x * cdf, mask=inside)
         if HAS_GRAD:
-            density = _RSQRT_2PI * tl.exp2(-_HALF_LOG2E * x * x)
+            density = tl.exp2(x * x * _MINUS_HALF_LOG2E) * _RSQRT_2PI
             grad = tl.load(grad_ptr + place, mask=inside, other=0.0).to(tl.float32) * (cdf + x * density)
             tl.store(grad_ptr + place, grad, mask=inside)
             d_bias += grad

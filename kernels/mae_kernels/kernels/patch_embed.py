@@ -213,7 +213,7 @@ _BACKWARD = _Tile(rows=16, dim=128, values=256, warps=8, stages=5, per_multiproc
 
 # Products of float32 are no work for tensor cores; registers bound the tile.
 _FLOAT32_FORWARD = _Tile(rows=64, dim=64, values=32, warps=4, stages=1, per_multiprocessor=3)
-_FLOAT32_BACKWARD = _Tile(rows=16, dim=64, values=64, warps=4, stages=3, per_multiprocessor=4)
+_FLOAT32_BACKWARD = _Tile(rows=16, dim=64, values=64, warps=4, stages=2, per_multiprocessor=4)
 
 # The largest patch that a block of rows is held of, in shared memory: 32 KiB.
 _HELD_VALUES = 256
