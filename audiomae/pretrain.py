@@ -205,7 +205,7 @@ def describe(config: PretrainConfig, ranks: Ranks, dataset: ClipDataset, trainer
 def describe_operators(config: PretrainConfig, ranks: Ranks, model: AudioMAE) -> list[str]:
     """Tell which form each operator takes and why."""
     if not config.fused:
-        return ["operators: reference (plain PyTorch), as --no-fused asks"]
+        return ["operators: reference (plain PyTorch); --fused takes the fastest form at hand"]
     dtype = torch.bfloat16 if uses_bf16(config, ranks.device) else torch.float32
     forms = resolve_forms(model.impl, ranks.device.type, dtype)
     lines = [f"operator {name}: {form} ({why})" for name, (form, why) in forms.items() if name != "flash_attention"]
