@@ -1,26 +1,20 @@
 """The encoder: a pre-norm Vision Transformer over visible patches (arXiv 2207.06405, section 3.2)."""
 
 from collections.abc import Iterable
-from typing import cast
+from typing import Self, cast
 
 import torch
 from mae_kernels import add_layer_norm, flash_attention, mlp, patch_embed
+from mae_kernels.ops.add_layer_norm import scale_branch
+from mae_kernels.ops.random_mask import noise
 from torch import Tensor, nn
 
+from audiomae.config import EncoderConfig
 from audiomae.grid import PatchGrid
 from audiomae.masking import PatchMask
 from audiomae.positions import sincos_2d
 
 LAYER_NORM_EPS = 1e-6
-
-ENCODER_SIZES = {
-    "tiny": (192, 12, 3),
-    "small": (384, 12, 6),
-    "base": (768, 12, 12),
-    "large": (1024, 24, 16),
-    "huge": (1280, 32, 16),
-}
-"""Width, depth and heads of the published ViT sizes."""
 
 
 class Attention(nn.Module):
@@ -91,32 +85,88 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), impl)
 
-    def forward(self, x: Tensor, normed: Tensor, next_norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, normed: Tensor, next_norm: nn.LayerNorm | None, branch_scales: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Run the block.
 
         Args:
             x: The residual stream ``(B, N, dim)``.
             normed: ``norm1(x)``.
-            next_norm: The norm that follows: of the next block, or the final one.
+            next_norm: The norm that follows: of the next block, or the final one; None where none does.
+            branch_scales: ``(2, B)``, multiplies each sample's attention and MLP branch.
 
         Returns:
-            The new stream and ``next_norm`` of it.
+            The new stream and ``next_norm`` of it, or the stream twice without one.
         """
-        x, normed = self._add_norm(self.attn(normed), x, self.norm2)
-        return self._add_norm(self.mlp(normed), x, next_norm)
+        attn_scale, mlp_scale = (None, None) if branch_scales is None else branch_scales
+        x, normed = self._add_norm(self.attn(normed), x, self.norm2, attn_scale)
+        branch = self.mlp(normed)
+        if next_norm is None:
+            x = x + scale_branch(branch, mlp_scale)
+            return x, x
+        return self._add_norm(branch, x, next_norm, mlp_scale)
 
-    def _add_norm(self, branch: Tensor, x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-        return add_layer_norm(branch, x, norm.weight, norm.bias, eps=norm.eps, impl=self.impl)
+    def _add_norm(
+        self, branch: Tensor, x: Tensor, norm: nn.LayerNorm, branch_scale: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return add_layer_norm(
+            branch, x, norm.weight, norm.bias, eps=norm.eps, branch_scale=branch_scale, impl=self.impl
+        )
 
 
-def run_blocks(blocks: Iterable[nn.Module], x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """Send ``x (B, N, dim)`` through pre-norm blocks and a final norm."""
+def run_blocks(
+    blocks: Iterable[nn.Module],
+    x: Tensor,
+    norm: nn.LayerNorm | None,
+    branch_scales: Tensor | None = None,
+    streams: list[Tensor] | None = None,
+) -> Tensor:
+    """Send ``x (B, N, dim)`` through pre-norm blocks and a final norm.
+
+    Args:
+        blocks: The blocks.
+        x: The residual stream before them.
+        norm: The final norm; None gives the stream as it is.
+        branch_scales: ``(blocks, 2, B)``, as :func:`drop_path_scales` draws them.
+        streams: Gets the residual stream after each block.
+    """
     stack = cast(list[Block], list(blocks))
     norms = [block.norm1 for block in stack] + [norm]
-    normed = norms[0](x)
-    for block, next_norm in zip(stack, norms[1:], strict=True):
-        x, normed = block(x, normed, next_norm)
+    normed = x if norms[0] is None else norms[0](x)
+    for index, block in enumerate(stack):
+        scales = None if branch_scales is None else branch_scales[index]
+        x, normed = block(x, normed, norms[index + 1], scales)
+        if streams is not None:
+            streams.append(x)
     return normed
+
+
+def drop_path_scales(seeds: Tensor, rate: float, depth: int) -> Tensor:
+    """Draw stochastic depth (Huang et al. 2016): the rate rises linearly from 0 in the first block to ``rate``.
+
+    Args:
+        seeds: ``(B,)`` int64. A sample's draws depend on its seed alone, never on its batch, rank or device.
+        rate: Probability that the last block drops a branch, below 1.
+        depth: Blocks.
+
+    Returns:
+        ``(depth, 2, B)`` float32: 0 where a sample drops the branch of attention or MLP, else 1 / (1 - rate).
+    """
+    rates = torch.linspace(0, rate, depth, device=seeds.device)[:, None, None]
+    uniform = noise(seeds, 2 * depth).T.unflatten(0, (depth, 2)) / 2**32
+    return (uniform >= rates) / (1 - rates)
+
+
+def init_layers(module: nn.Module) -> None:
+    """Initialise linear layers and convolutions Xavier-uniform with zero biases, and norms to 1 and 0, in place."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(layer.weight.flatten(1))
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.LayerNorm):
+            layer.reset_parameters()
 
 
 class PatchProjection(nn.Module):
@@ -144,6 +194,7 @@ class Encoder(nn.Module):
         num_heads: Heads, which divide ``embed_dim``.
         mlp_ratio: Hidden width of the MLPs over ``embed_dim``.
         position_grid: Layout of the fixed positions, as in :func:`audiomae.positions.sincos_2d`.
+        final_norm: End in a norm. Models that pool before it have none.
         impl: Form of the operators.
 
     Raises:
@@ -159,6 +210,7 @@ class Encoder(nn.Module):
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
         position_grid: str = "true",
+        final_norm: bool = True,
         impl: str = "auto",
     ):
         super().__init__()
@@ -170,21 +222,50 @@ class Encoder(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.register_buffer("pos_embed", sincos_2d(grid.shape, embed_dim, layout=position_grid))
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, impl) for _ in range(depth))
-        self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+        self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS) if final_norm else None
 
-    def forward(self, spec: Tensor, mask: PatchMask | None = None) -> Tensor:
+    @classmethod
+    def from_config(cls, config: EncoderConfig, final_norm: bool = True, impl: str = "auto") -> Self:
+        """Make the encoder of a configuration; arguments and errors as above."""
+        return cls(
+            config.grid,
+            in_channels=config.in_channels,
+            embed_dim=config.embed_dim,
+            depth=config.depth,
+            num_heads=config.num_heads,
+            mlp_ratio=config.mlp_ratio,
+            position_grid=config.position_grid,
+            final_norm=final_norm,
+            impl=impl,
+        )
+
+    def forward(self, spec: Tensor, mask: PatchMask | None = None, branch_scales: Tensor | None = None) -> Tensor:
         """Encode the patches that a mask keeps.
 
         Args:
             spec: ``(B, in_channels, frames, mel bins)``.
             mask: Which patches to keep; None keeps all, in order.
+            branch_scales: ``(depth, 2, B)``, stochastic depth as :func:`drop_path_scales` draws it.
 
         Returns:
-            Tokens ``(B, 1 + K, embed_dim)`` after the final norm, in the order of ``mask.ids_keep``.
+            Tokens ``(B, 1 + K, embed_dim)`` after the final norm, if there is one, in the order of ``mask.ids_keep``.
 
         Raises:
             ValueError: A spectrogram of another shape.
         """
+        return run_blocks(self.blocks, self._embed(spec, mask), self.norm, branch_scales)
+
+    def hidden_states(self, spec: Tensor, mask: PatchMask | None = None) -> list[Tensor]:
+        """Encode, and return the residual stream ``(B, 1 + K, embed_dim)`` after each block, before any final norm.
+
+        Arguments and errors as in :meth:`forward`.
+        """
+        streams: list[Tensor] = []
+        run_blocks(self.blocks, self._embed(spec, mask), None, streams=streams)
+        return streams
+
+    def _embed(self, spec: Tensor, mask: PatchMask | None) -> Tensor:
+        """Tokens ``(B, 1 + K, embed_dim)`` before the first block."""
         expected = (self.in_channels, *self.grid.spec_size)
         if spec.dim() != 4 or spec.shape[1:] != expected:
             raise ValueError(
@@ -194,7 +275,7 @@ class Encoder(nn.Module):
             ids_keep = torch.arange(self.grid.num_patches, device=spec.device).expand(spec.shape[0], -1)
         else:
             ids_keep = mask.ids_keep
-        tokens = patch_embed(
+        return patch_embed(
             spec,
             ids_keep,
             self.patch_embed.proj.weight,
@@ -204,4 +285,3 @@ class Encoder(nn.Module):
             stride=self.grid.patch_stride,
             impl=self.impl,
         )
-        return run_blocks(self.blocks, tokens, self.norm)

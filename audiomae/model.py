@@ -1,33 +1,25 @@
 """Audio-MAE: a masked autoencoder of spectrograms ("Masked Autoencoders that Listen", arXiv 2207.06405)."""
 
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from mae_kernels import check_impl, linear_masked_mse, masked_mse
 from torch import Tensor, nn
 
+from audiomae.config import EncoderConfig
 from audiomae.decoder import Decoder, DecoderKind
-from audiomae.encoder import ENCODER_SIZES, Encoder
-from audiomae.grid import PatchGrid
+from audiomae.encoder import Encoder, init_layers
 from audiomae.masking import PatchMask
 
 TARGET_EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class AudioMAEConfig:
+class AudioMAEConfig(EncoderConfig):
     """Architecture of an :class:`AudioMAE`. The defaults are the paper's: ViT-B with a local decoder.
 
     Attributes:
-        spec_size: Frames and mel bins of a spectrogram.
-        patch_size: Frames and mel bins of a patch.
-        patch_stride: Step between patches along each axis; smaller than the patch, they overlap.
-        in_channels: Channels of a spectrogram.
-        embed_dim: Width of the encoder's tokens.
-        depth: Blocks of the encoder.
-        num_heads: Heads of the encoder.
-        mlp_ratio: Hidden width of every MLP over the width of its tokens.
         decoder: Attention of the decoder: shifted windows, windows then global, or global.
         decoder_dim: Width of the decoder's tokens.
         decoder_depth: Blocks of the decoder, all counted; None is 16 for local, 12 for hybrid, 8 for global.
@@ -36,18 +28,9 @@ class AudioMAEConfig:
         shift: Cyclic shift of every second local block along time and frequency.
         hybrid_global_layers: Global blocks that end a hybrid decoder.
         bias_dropout: Dropout of the position bias in training; 0.1 in the released code.
-        position_grid: Layout of the fixed positions; "official" is the transposed one of released checkpoints.
         norm_target: Normalise each target patch by its own mean and variance.
     """
 
-    spec_size: tuple[int, int] = (1024, 128)
-    patch_size: tuple[int, int] = (16, 16)
-    patch_stride: tuple[int, int] = (16, 16)
-    in_channels: int = 1
-    embed_dim: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    mlp_ratio: float = 4.0
     decoder: DecoderKind = "local"
     decoder_dim: int = 512
     decoder_depth: int | None = None
@@ -56,64 +39,17 @@ class AudioMAEConfig:
     shift: tuple[int, int] = (2, 0)
     hybrid_global_layers: int = 4
     bias_dropout: float = 0.0
-    position_grid: Literal["true", "official"] = "true"
     norm_target: bool = True
 
     def __post_init__(self) -> None:
         """Check what is true of single settings; sizes are checked against each other where they meet."""
-        counts = ("in_channels", "embed_dim", "depth", "num_heads", "mlp_ratio", "decoder_dim", "decoder_heads")
-        for name in (*counts, "decoder_depth"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} is {value}, expected more than 0")
+        super().__post_init__()
+        self.check_positive("decoder_dim", "decoder_depth", "decoder_heads")
         if not 0 <= self.bias_dropout < 1:
             raise ValueError(f"bias_dropout is {self.bias_dropout}, expected 0 up to but not 1")
         for axis, window, shift in zip(("time", "frequency"), self.window, self.shift, strict=True):
             if window < 1 or shift < 0:
                 raise ValueError(f"window and shift are {window} and {shift} in {axis}, expected at least 1 and 0")
-
-    @classmethod
-    def from_size(cls, size: str, **settings: Any) -> "AudioMAEConfig":
-        """Take the encoder of a published size: tiny, small, base, large or huge.
-
-        Args:
-            size: Its name.
-            **settings: Any other fields.
-
-        Raises:
-            ValueError: An unknown size.
-        """
-        if size not in ENCODER_SIZES:
-            raise ValueError(f"size is {size!r}, expected one of {', '.join(ENCODER_SIZES)}")
-        embed_dim, depth, num_heads = ENCODER_SIZES[size]
-        return cls(**{"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, **settings})
-
-    def resized(self, size: str) -> "AudioMAEConfig":
-        """Change the encoder to a published size; errors as in :meth:`from_size`."""
-        other = self.from_size(size)
-        return replace(self, embed_dim=other.embed_dim, depth=other.depth, num_heads=other.num_heads)
-
-    @classmethod
-    def from_dict(cls, settings: dict[str, Any]) -> "AudioMAEConfig":
-        """Undo :meth:`to_dict`, also after JSON has turned tuples into lists.
-
-        Raises:
-            ValueError: A setting that this version does not know.
-        """
-        unknown = sorted(settings.keys() - {field.name for field in fields(cls)})
-        if unknown:
-            raise ValueError(f"model configuration has unknown settings: {', '.join(unknown)}")
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-        return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all settings by name."""
-        return asdict(self)
-
-    @property
-    def grid(self) -> PatchGrid:
-        """The patch grid."""
-        return PatchGrid(self.spec_size, self.patch_size, self.patch_stride)
 
 
 class MAEOutput(NamedTuple):
@@ -149,16 +85,7 @@ class AudioMAE(nn.Module):
         self.config = config = config or AudioMAEConfig()
         self.impl = impl
         self.grid = config.grid
-        self.encoder = Encoder(
-            self.grid,
-            in_channels=config.in_channels,
-            embed_dim=config.embed_dim,
-            depth=config.depth,
-            num_heads=config.num_heads,
-            mlp_ratio=config.mlp_ratio,
-            position_grid=config.position_grid,
-            impl=impl,
-        )
+        self.encoder = Encoder.from_config(config, impl=impl)
         self.decoder = Decoder(
             self.grid,
             values=config.in_channels * config.patch_size[0] * config.patch_size[1],
@@ -180,13 +107,7 @@ class AudioMAE(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise as published: Xavier-uniform weights, zero biases, unit norms and temperatures, small tokens."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight.flatten(1))
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.LayerNorm):
-                module.reset_parameters()
+        init_layers(self)
         nn.init.normal_(self.encoder.cls_token, std=0.02)
         nn.init.normal_(self.decoder.mask_token, std=0.02)
 

@@ -24,7 +24,6 @@ from torch.utils.data import DataLoader, default_collate
 
 from audiomae.checkpoints import start_encoder
 from audiomae.data import ClipBatches, ClipDataset, ClipError, read_manifest
-from audiomae.frontend import LogMel
 from audiomae.model import AudioMAE
 from audiomae.recipes import PRETRAIN_RECIPES
 from audiomae.training.config import PretrainConfig, SetupError
@@ -135,16 +134,16 @@ def build(config: PretrainConfig, ranks: Ranks) -> Run:
         epochs_done, changes = load_state(checkpoint, config, model, optimizer, steps_per_epoch=batches.steps)
         notes += [f"resumed from {checkpoint}, after epoch {epochs_done}", *changes]
 
-    frames, num_mels = config.model.spec_size
-    front_end = LogMel(config.sample_rate, num_mels, mean=config.mean, std=config.std).to(ranks.device)
+    frames, sample_rate = config.model.spec_size[0], config.model.sample_rate
+    front_end = config.model.front_end().to(ranks.device)
     samples = front_end.num_samples(frames)
     if config.clip_seconds is not None:
-        if config.clip_seconds * config.sample_rate > samples:
+        if config.clip_seconds * sample_rate > samples:
             raise ValueError(
-                f"clip_seconds is {config.clip_seconds}, expected at most the {samples / config.sample_rate:.4g} s of "
+                f"clip_seconds is {config.clip_seconds}, expected at most the {samples / sample_rate:.4g} s of "
                 f"{frames} frames: model.spec-size sets how many there are"
             )
-        samples = round(config.clip_seconds * config.sample_rate)
+        samples = round(config.clip_seconds * sample_rate)
     if front_end.num_frames(samples) < config.model.patch_size[0]:
         raise ValueError(
             f"clip_seconds is {config.clip_seconds}: {front_end.num_frames(samples)} frames, "
@@ -152,7 +151,7 @@ def build(config: PretrainConfig, ranks: Ranks) -> Run:
         )
     dataset = ClipDataset(
         manifest,
-        config.sample_rate,
+        sample_rate,
         samples,
         seed=config.seed,
         gain=config.gain,
@@ -195,7 +194,7 @@ def describe(config: PretrainConfig, ranks: Ranks, dataset: ClipDataset, trainer
     return [
         f"recipe {config.recipe} ({config.variant}): {len(dataset)} clips x {config.repeats}, "
         f"{config.epochs} epochs of {trainer.steps_per_epoch} steps of {config.batch_size} crops "
-        f"of {dataset.samples / config.sample_rate:.4g} s",
+        f"of {dataset.samples / dataset.sample_rate:.4g} s",
         f"model: {parameters / 1e6:.1f} M parameters, {config.model.decoder} decoder, "
         f"{'bf16' if uses_bf16(config, ranks.device) else 'fp32'} on {ranks.world_size} x {ranks.device.type}",
         *describe_operators(config, ranks, trainer.model),

@@ -29,7 +29,7 @@ def in_audiomae(names: str) -> tuple[str, ...]:
 
 
 ENTRY_POINTS = in_audiomae("pretrain finetune evaluate extract predict reconstruct")
-MODEL_SIDE = in_audiomae("grid masking positions encoder decoder model classifier frontend checkpoints")
+MODEL_SIDE = in_audiomae("config grid masking positions encoder decoder model classifier frontend checkpoints")
 MODELS = in_audiomae("encoder decoder model classifier checkpoints")
 
 # (importers, what they must not import, why); a name stands for the module and everything below it

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from audiomae.checkpoints.files import CheckpointError
 from audiomae.checkpoints.names import listed
-from audiomae.encoder import ENCODER_SIZES
+from audiomae.config import ENCODER_SIZES
 from audiomae.grid import PatchGrid
 from audiomae.model import AudioMAE, AudioMAEConfig
 from audiomae.positions import sincos_2d

@@ -59,8 +59,6 @@ class PretrainConfig:
     mask_ratio_frequency: float = 0.5
     """Share of frequencies that time_frequency removes."""
 
-    sample_rate: int = 16_000
-    """Sample rate that clips are read at, Hz."""
     clip_seconds: float | None = 10.0
     """Length of the crop, s, at most what the frames hold; they are padded to their number. None: what fills them."""
     crop: Literal["random", "start"] = "random"
@@ -69,10 +67,6 @@ class PretrainConfig:
     """Random gain: uniform in decibels, or the released code's Beta(10, 10) + 0.5."""
     gain_db: float = 6.0
     """Largest uniform gain either way, dB."""
-    mean: float = -4.2677393
-    """Mean of the log-mel spectrograms, which become (x - mean) / (2 std)."""
-    std: float = 4.5689974
-    """Their standard deviation."""
     workers: int | None = None
     """Processes that read clips, for each rank; None: up to 8 with a GPU, 1 on a CPU, where they take a processor."""
 
@@ -107,8 +101,6 @@ class PretrainConfig:
             "accumulation",
             "repeats",
             "base_lr",
-            "sample_rate",
-            "std",
             "log_every",
             "save_every",
         )

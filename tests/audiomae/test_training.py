@@ -74,7 +74,7 @@ def test_audioset_recipe_has_the_settings_of_the_papers_table_3() -> None:
         "uniform",
         6.0,
     )
-    assert (round(config.mean, 3), round(config.std, 3)) == (-4.268, 4.569)
+    assert (round(config.model.mean, 3), round(config.model.std, 3)) == (-4.268, 4.569)
     assert config.model == AudioMAEConfig()
 
 
