@@ -50,6 +50,10 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         """Check what is true of single settings; sizes are checked against each other where they meet."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):  # as JSON has tuples
+                object.__setattr__(self, field.name, tuple(value))
         self.check_positive("in_channels", "embed_dim", "depth", "num_heads", "mlp_ratio", "sample_rate", "std")
 
     def check_positive(self, *names: str) -> None:
@@ -90,8 +94,7 @@ class EncoderConfig:
         unknown = sorted(settings.keys() - {field.name for field in fields(cls)})
         if unknown:
             raise ValueError(f"model configuration has unknown settings: {', '.join(unknown)}")
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-        return cls(**values)
+        return cls(**settings)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all settings by name."""

@@ -9,6 +9,8 @@ from torch import Tensor
 from audiomae.checkpoints.files import CheckpointError, read
 from audiomae.checkpoints.names import from_official, is_classifier, is_native, listed
 from audiomae.checkpoints.shapes import check_state, has_decoder, infer_config
+from audiomae.classifier import AudioClassifier, AudioClassifierConfig
+from audiomae.config import EncoderConfig
 from audiomae.encoder import Block, Encoder
 from audiomae.model import AudioMAE, AudioMAEConfig
 from audiomae.positions import fit_positions
@@ -20,12 +22,14 @@ class Checkpoint(NamedTuple):
     Attributes:
         config: As stored, or inferred from shapes.
         state: Of a whole model or of an encoder, every tensor checked against ``config``.
-        ignored: Parts of a classifier, which are left out.
+        classifier: Configuration of a native classifier; None elsewhere.
+        head: Tensors of a classifier, ``fc_norm.*`` and ``head.*``; not checked.
     """
 
     config: AudioMAEConfig
     state: dict[str, Tensor]
-    ignored: list[str]
+    classifier: AudioClassifierConfig | None
+    head: dict[str, Tensor]
 
 
 def load(path_or_hub_id: str | Path) -> tuple[AudioMAEConfig, dict[str, Tensor]]:
@@ -51,7 +55,7 @@ def load(path_or_hub_id: str | Path) -> tuple[AudioMAEConfig, dict[str, Tensor]]
 
 
 def load_model(path_or_hub_id: str | Path, impl: str = "auto") -> AudioMAE:
-    """Load a whole model. Nothing may be missing, too much or of another shape.
+    """Load a whole pre-training model. Nothing may be missing, too much or of another shape.
 
     Args:
         path_or_hub_id: As for :func:`load`.
@@ -72,7 +76,54 @@ def load_model(path_or_hub_id: str | Path, impl: str = "auto") -> AudioMAE:
     return model
 
 
-@torch.no_grad()
+def load_classifier(path_or_hub_id: str | Path, impl: str = "auto") -> AudioClassifier:
+    """Load a fine-tuned model: a native one, an official Audio-MAE, or a timm one that pools the mean of its patches.
+
+    Files that are not native tell neither the names of their classes nor whether one excludes another: the labels are
+    empty then, and ``multi_label`` is True, as on AudioSet.
+
+    Args:
+        path_or_hub_id: As for :func:`load`.
+        impl: Form of the operators.
+
+    Raises:
+        FileNotFoundError: No such file.
+        CheckpointError: As for :func:`load`, or a file without a classifier.
+    """
+    checkpoint = _open(path_or_hub_id)
+    config = checkpoint.classifier or _infer_classifier(path_or_hub_id, checkpoint)
+    state = {name: tensor for name, tensor in checkpoint.state.items() if name.startswith("encoder.")}
+    state = {name: tensor for name, tensor in state.items() if not name.startswith("encoder.norm.")} | checkpoint.head
+    try:
+        check_state(config, state)
+    except ValueError as error:
+        raise CheckpointError(f"{path_or_hub_id}: {error}") from error
+    model = AudioClassifier(config, impl)
+    model.load_state_dict(state)
+    return model
+
+
+def load_encoder(path_or_hub_id: str | Path, impl: str = "auto") -> tuple[EncoderConfig, Encoder]:
+    """Load the encoder of any file, pre-trained or fine-tuned; one that pools before its norm has no final norm.
+
+    Args:
+        path_or_hub_id: As for :func:`load`.
+        impl: Form of the operators.
+
+    Returns:
+        The configuration of the encoder and its input, and the encoder.
+
+    Raises:
+        FileNotFoundError: No such file.
+        CheckpointError: As for :func:`load`.
+    """
+    checkpoint = _open(path_or_hub_id)
+    config = EncoderConfig(**checkpoint.config.encoder_settings())
+    encoder = Encoder.from_config(config, final_norm="encoder.norm.weight" in checkpoint.state, impl=impl)
+    encoder.load_state_dict(_encoder_state(checkpoint))
+    return config, encoder
+
+
 def start_encoder(encoder: Encoder, path_or_hub_id: str | Path) -> list[str]:
     """Start an encoder from a file of any known format, with or without a decoder or classifier.
 
@@ -90,13 +141,80 @@ def start_encoder(encoder: Encoder, path_or_hub_id: str | Path) -> list[str]:
         FileNotFoundError: No such file.
         CheckpointError: As for :func:`load`, or an encoder of another architecture.
     """
-    config, state, ignored = _open(path_or_hub_id)
-    source = {name.removeprefix("encoder."): tensor for name, tensor in state.items() if name.startswith("encoder.")}
+    checkpoint = _open(path_or_hub_id)
+    parts = sorted({name.partition(".")[0] for name in checkpoint.head})
+    notes = [f"classifier left out: {', '.join(parts)}"] if parts else []
+    return notes + _start_encoder(encoder, path_or_hub_id, checkpoint)
+
+
+@torch.no_grad()
+def start_classifier(model: AudioClassifier, path_or_hub_id: str | Path, *, reset_head: bool = False) -> list[str]:
+    """Start a classifier from a file of any known format: its encoder, and its head if the file has one.
+
+    Args:
+        model: Filled in place.
+        path_or_hub_id: As for :func:`load`.
+        reset_head: Keep the model's own head, whatever the file has.
+
+    Returns:
+        A line for everything that was changed or left out, for the caller to print.
+
+    Raises:
+        FileNotFoundError: No such file.
+        CheckpointError: As for :func:`start_encoder`, or, unless ``reset_head``, a head of other classes.
+    """
+    checkpoint = _open(path_or_hub_id)
+    notes = _start_encoder(model.encoder, path_or_hub_id, checkpoint)
+    if not checkpoint.head:
+        return notes
+    if reset_head:
+        return [*notes, "the file's classifier left out: the head starts anew"]
+    try:
+        config = checkpoint.classifier or _infer_classifier(path_or_hub_id, checkpoint)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; --reset-head starts with a new head") from error
+    if config.num_classes != model.config.num_classes:
+        raise CheckpointError(
+            f"{path_or_hub_id} classifies {config.num_classes} classes, expected {model.config.num_classes}: "
+            "--reset-head starts with a new head"
+        )
+    if config.labels and model.config.labels and config.labels != model.config.labels:
+        first = next(i for i, (a, b) in enumerate(zip(config.labels, model.config.labels, strict=True)) if a != b)
+        raise CheckpointError(
+            f"{path_or_hub_id} has {config.labels[first]!r} as class {first}, expected {model.config.labels[first]!r}: "
+            "--reset-head starts with a new head"
+        )
+    model.load_state_dict(model.state_dict() | checkpoint.head)
+    return [*notes, f"head of {config.num_classes} classes taken from the file"]
+
+
+def _infer_classifier(path_or_hub_id: str | Path, checkpoint: Checkpoint) -> AudioClassifierConfig:
+    """Configuration of a classifier whose file stores none."""
+    for name in ("fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"):
+        if name not in checkpoint.head:
+            raise CheckpointError(
+                f"{path_or_hub_id} has no {name}, expected a classifier on the mean of the patch tokens: fc_norm, head"
+            )
+    settings = checkpoint.config.encoder_settings()
+    return AudioClassifierConfig(**settings, num_classes=len(checkpoint.head["head.weight"]))
+
+
+def _encoder_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The encoder's tensors, without the encoder's prefix."""
+    names = [name for name in checkpoint.state if name.startswith("encoder.")]
+    return {name.removeprefix("encoder."): checkpoint.state[name] for name in names}
+
+
+@torch.no_grad()
+def _start_encoder(encoder: Encoder, path_or_hub_id: str | Path, checkpoint: Checkpoint) -> list[str]:
+    """Fill an encoder, and tell what was changed or left out besides a classifier."""
+    config, source = checkpoint.config, _encoder_state(checkpoint)
     notes = []
-    if ignored:
-        notes.append(f"classifier left out: {', '.join(ignored)}")
-    if has_decoder(state):
-        notes.append(f"decoder left out: {len(state) - len(source)} tensors")
+    if has_decoder(checkpoint.state):
+        notes.append(f"decoder left out: {len(checkpoint.state) - len(source)} tensors")
+    if encoder.norm is None and "norm.weight" in source:
+        source = {name: tensor for name, tensor in source.items() if not name.startswith("norm.")}
+        notes.append("final norm left out: the mean of the tokens is taken before a norm of its own")
     if config.in_channels == 3 and encoder.in_channels == 1:
         source["patch_embed.proj.weight"] = source["patch_embed.proj.weight"].sum(dim=1, keepdim=True)
         notes.append("patch weights of three channels summed into one")
@@ -115,15 +233,22 @@ def start_encoder(encoder: Encoder, path_or_hub_id: str | Path) -> list[str]:
 
 def _open(path_or_hub_id: str | Path) -> Checkpoint:
     contents = read(path_or_hub_id)
-    ignored = sorted({name.partition(".")[0] for name in contents.tensors if is_classifier(name)})
+    head = {name: tensor for name, tensor in contents.tensors.items() if is_classifier(name)}
     tensors = {name: tensor for name, tensor in contents.tensors.items() if not is_classifier(name)}
+    classifier = None
     try:
         state = _with_tau(tensors if any(map(is_native, tensors)) else from_official(tensors))
-        config = infer_config(state) if contents.config is None else AudioMAEConfig.from_dict(contents.config)
+        if contents.config is None:
+            config = infer_config(state)
+        elif "num_classes" in contents.config:
+            classifier = AudioClassifierConfig.from_dict(contents.config)
+            config = AudioMAEConfig(**classifier.encoder_settings())
+        else:
+            config = AudioMAEConfig.from_dict(contents.config)
         check_state(config, state)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path_or_hub_id}: {error}") from error
-    return Checkpoint(config, state, ignored)
+    return Checkpoint(config, state, classifier, head)
 
 
 def _with_tau(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,15 +5,17 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from audiomae.checkpoints.files import NATIVE_CONFIG, NATIVE_METADATA, NATIVE_MODEL, replacing
-from audiomae.checkpoints.names import to_official
+from audiomae.checkpoints.names import is_classifier, to_official
 from audiomae.checkpoints.shapes import check_state
-from audiomae.model import AudioMAE, AudioMAEConfig
+from audiomae.classifier import AudioClassifier
+from audiomae.config import EncoderConfig
+from audiomae.model import AudioMAE
 
-Weights = AudioMAE | tuple[AudioMAEConfig, dict[str, Tensor]]
-"""A model, or what :func:`audiomae.checkpoints.load` returns."""
+Weights = AudioMAE | AudioClassifier | tuple[EncoderConfig, dict[str, Tensor]]
+"""A model, or a configuration and tensors, as :func:`audiomae.checkpoints.load` returns them."""
 
 
 def save_weights(path: str | Path, weights: Weights) -> None:
@@ -50,11 +52,14 @@ def save_official(path: str | Path, weights: Weights) -> None:
     """
     config, state = _checked(weights)
     with replacing(Path(path)) as temporary:
-        torch.save({NATIVE_MODEL: to_official(state), NATIVE_CONFIG: config.to_dict()}, temporary)
+        # A classifier's own tensors have the same names in both.
+        own = {name: tensor for name, tensor in state.items() if is_classifier(name)}
+        official = to_official({name: tensor for name, tensor in state.items() if name not in own}) | own
+        torch.save({NATIVE_MODEL: official, NATIVE_CONFIG: config.to_dict()}, temporary)
 
 
-def _checked(weights: Weights) -> tuple[AudioMAEConfig, dict[str, Tensor]]:
+def _checked(weights: Weights) -> tuple[EncoderConfig, dict[str, Tensor]]:
     """Check the weights, and copy them: a tensor that is a view would be written with all that lies behind it."""
-    config, state = (weights.config, weights.state_dict()) if isinstance(weights, AudioMAE) else weights
+    config, state = (weights.config, weights.state_dict()) if isinstance(weights, nn.Module) else weights
     check_state(config, state)
     return config, {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}

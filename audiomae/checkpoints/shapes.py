@@ -10,7 +10,8 @@ from torch import Tensor
 
 from audiomae.checkpoints.files import CheckpointError
 from audiomae.checkpoints.names import listed
-from audiomae.config import ENCODER_SIZES
+from audiomae.classifier import AudioClassifier, AudioClassifierConfig
+from audiomae.config import ENCODER_SIZES, EncoderConfig
 from audiomae.grid import PatchGrid
 from audiomae.model import AudioMAE, AudioMAEConfig
 from audiomae.positions import sincos_2d
@@ -25,6 +26,19 @@ POSITION_TOLERANCE = 1e-2
 def has_decoder(state: Mapping[str, Tensor]) -> bool:
     """Tell whether tensors under our names include any of a decoder."""
     return any(name.startswith("decoder.") for name in state)
+
+
+def build_model(config: EncoderConfig, impl: str = "auto") -> AudioMAE | AudioClassifier:
+    """Make the model of a configuration.
+
+    Raises:
+        ValueError: Sizes that do not go together, or the configuration of an encoder alone.
+    """
+    if isinstance(config, AudioClassifierConfig):
+        return AudioClassifier(config, impl)
+    if isinstance(config, AudioMAEConfig):
+        return AudioMAE(config, impl)
+    raise ValueError(f"{type(config).__name__} makes no model, expected AudioMAEConfig or AudioClassifierConfig")
 
 
 def infer_config(state: Mapping[str, Tensor]) -> AudioMAEConfig:
@@ -65,8 +79,8 @@ def infer_config(state: Mapping[str, Tensor]) -> AudioMAEConfig:
     )
 
 
-def check_state(config: AudioMAEConfig, state: Mapping[str, Tensor]) -> None:
-    """Check that tensors under our names are those of a configuration's model, or of its encoder alone.
+def check_state(config: EncoderConfig, state: Mapping[str, Tensor]) -> None:
+    """Check that tensors under our names are those of a configuration's model, or of a pre-trained encoder alone.
 
     An encoder alone may lack its final norm: fine-tuning pools before it and drops it.
 
@@ -74,8 +88,9 @@ def check_state(config: AudioMAEConfig, state: Mapping[str, Tensor]) -> None:
         ValueError: Missing or unknown tensors, wrong shapes, or a configuration that makes no model.
     """
     with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in AudioMAE(config).state_dict().items()}
-    if not has_decoder(state):
+        model = build_model(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if isinstance(model, AudioMAE) and not has_decoder(state):
         expected = {name: shape for name, shape in expected.items() if name.startswith("encoder.")}
         if not any(name.startswith("encoder.norm.") for name in state):
             expected = {name: shape for name, shape in expected.items() if not name.startswith("encoder.norm.")}
