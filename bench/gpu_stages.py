@@ -11,14 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from audiomae import AudioMAE, AudioMAEConfig, PatchMask
-from audiomae.training.optimizer import build_adamw
+from audiomae import AudioMAEConfig
 from bench.accuracy import find_errors
 from bench.gpu_report import Report
 from bench.measure import peak_memory_bytes, time_quantiles
 from bench.operators import WORKLOADS, Floor, Workload, Workloads
+from bench.step import build_step
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB, GIB = 2**20, 2**30
@@ -150,29 +150,6 @@ def clear(workload: Workload) -> None:
         tensor.grad = None
 
 
-def build_step(
-    device: torch.device, impl: str, *, compiled: bool, batch: int, config: AudioMAEConfig | None = None
-) -> tuple[Callable[[], Tensor], nn.Module]:
-    """A training step in bfloat16 on one batch, and its model."""
-    torch.manual_seed(0)
-    model = AudioMAE(config or AudioMAEConfig(), impl=impl).to(device)
-    optimizer = build_adamw(model, lr=1e-4, weight_decay=1e-4, betas=(0.9, 0.95))
-    spec = torch.randn(batch, 1, *model.config.spec_size, device=device)
-    seeds = torch.arange(batch, device=device)
-    forward = torch.compile(model) if compiled else model
-
-    def step() -> Tensor:
-        mask = PatchMask.random(seeds, model.grid, ratio=0.8, impl=impl)
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = forward(spec, mask).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
-
-    return step, model
-
-
 def measure_step(
     report: Report,
     device: torch.device,
@@ -184,7 +161,7 @@ def measure_step(
 ) -> None:
     """Time the training step of ViT-B and its memory above parameters, gradients and the optimiser's state."""
     torch.compiler.reset()
-    step, model = build_step(device, impl, compiled=compiled, batch=batch, config=config)
+    model, _, step = build_step(impl, device, batch, torch.bfloat16, compiled=compiled, config=config)
     for _ in range(3):
         step()
     peak = peak_memory_bytes(step, device)
@@ -207,7 +184,7 @@ def measure_step(
 
 def profile_step(report: Report, device: torch.device, batch: int, config: AudioMAEConfig | None = None) -> None:
     """Find what the fused step spends its time on."""
-    step, _ = build_step(device, "auto", compiled=False, batch=batch, config=config)
+    step = build_step("auto", device, batch, torch.bfloat16, config=config).run
     for _ in range(3):
         step()
     activity = torch.profiler.ProfilerActivity
