@@ -88,6 +88,11 @@ class LogMel(nn.Module):
         """Undo the normalisation of spectrograms of any shape; without ``mean`` and ``std`` there is none."""
         return log_mel if self.mean is None or self.std is None else log_mel * (2 * self.std) + self.mean
 
+    @property
+    def padding(self) -> float:
+        """What frames beyond a clip hold: 0 before the normalisation."""
+        return 0.0 if self.mean is None or self.std is None else -self.mean / (2 * self.std)
+
     def num_frames(self, samples: int) -> int:
         """Frames that a clip of ``samples`` samples gives."""
         return max(0, (samples - self.window_size) // self.hop_size + 1)
@@ -124,7 +129,6 @@ class LogMel(nn.Module):
         if target_frames is None:
             target_frames = frames
         frames = min(frames, target_frames)
-        padding = 0.0 if self.mean is None or self.std is None else -self.mean / (2 * self.std)
         out = waveform.new_empty(batch, 1, target_frames, self.num_mels)
         with torch.autocast(waveform.device.type, enabled=False):
             if waveform.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -135,7 +139,7 @@ class LogMel(nn.Module):
                         clip = waveform[row, :length]
                         clip = (clip - clip.mean())[: self.num_samples(own_frames)]
                         out[row, 0, :own_frames] = self._log_mel(clip)
-                    out[row, 0, own_frames:] = padding
+                    out[row, 0, own_frames:] = self.padding
                 return out
             if lengths is not None:
                 lengths = lengths.to(waveform.device, non_blocking=True)
@@ -143,9 +147,9 @@ class LogMel(nn.Module):
                 log_mel = self._log_mel(_remove_mean(waveform, lengths)[:, : self.num_samples(frames)])
                 if lengths is not None:
                     own = (lengths - self.window_size) // self.hop_size + 1
-                    log_mel = log_mel.where(_prefix_mask(own, frames)[:, :, None], padding)
+                    log_mel = log_mel.where(_prefix_mask(own, frames)[:, :, None], self.padding)
                 out[:, 0, :frames] = log_mel
-            out[:, 0, frames:] = padding
+            out[:, 0, frames:] = self.padding
             return out
 
     def _log_mel(self, waveform: Tensor) -> Tensor:

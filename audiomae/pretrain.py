@@ -8,61 +8,48 @@
 gets log.jsonl, TensorBoard files, pictures of reconstructions, checkpoints, and the weights as safetensors.
 """
 
-import argparse
-import os
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import torch
-import tyro
 from mae_kernels.ops import flash_attention, resolve_forms
 from matplotlib.figure import Figure
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import default_collate
 
 from audiomae.checkpoints import start_encoder
-from audiomae.data import ClipBatches, ClipDataset, ClipError, read_manifest
+from audiomae.data import ClipBatches, ClipDataset, read_manifest
 from audiomae.model import AudioMAE
 from audiomae.recipes import PRETRAIN_RECIPES
-from audiomae.training.config import PretrainConfig, SetupError
-from audiomae.training.distributed import Ranks, is_main_process, join_ranks
+from audiomae.training.command import (
+    agree,
+    agree_on_epoch,
+    end_rank,
+    make_loader,
+    parse_run,
+    run_command,
+    share_processors,
+)
+from audiomae.training.config import PretrainConfig
+from audiomae.training.distributed import Ranks, join_ranks
 from audiomae.training.logging import NullLog, RunLog
-from audiomae.training.loop import Pretrainer, check_mask, draw_mask, uses_bf16
+from audiomae.training.loop import autocast_dtype
 from audiomae.training.optimizer import build_adamw
 from audiomae.training.pictures import reconstruction_examples
+from audiomae.training.pretrainer import Pretrainer, check_mask, draw_mask
 from audiomae.training.state import find_checkpoint, load_state, save_settings, save_state
+
+PROG = "audiomae.pretrain"
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> PretrainConfig:
-    """Read the command line: a first pass finds the recipe, a second one the flags over it.
+    """Read the command line.
 
     Raises:
         SetupError: An unknown recipe, variant or size.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", default="demo")
-    first.add_argument("--variant", default="paper")
-    first.add_argument("--size")
-    chosen, _ = first.parse_known_args(arguments)
-    if chosen.recipe not in PRETRAIN_RECIPES:
-        raise SetupError(f"recipe is {chosen.recipe!r}, expected one of {', '.join(PRETRAIN_RECIPES)}")
-    try:
-        config = PRETRAIN_RECIPES[chosen.recipe](chosen.variant)
-        if chosen.size is not None:
-            config = replace(config, size=chosen.size, model=config.model.resized(chosen.size))
-    except ValueError as error:
-        raise SetupError(str(error)) from error
-    return tyro.cli(
-        PretrainConfig,
-        default=config,
-        args=arguments,
-        prog="python -m audiomae.pretrain",
-        description=__doc__,
-        console_outputs=is_main_process(),
-    )
+    return parse_run(PretrainConfig, PRETRAIN_RECIPES, arguments, prog=f"python -m {PROG}", description=__doc__)
 
 
 @dataclass(frozen=True)
@@ -80,26 +67,6 @@ class Run:
     trainer: Pretrainer
     epochs_done: int
     notes: list[str]
-
-
-def build_together(config: PretrainConfig, ranks: Ranks) -> Run:
-    """Build a run on every rank. What is wrong on one of them, which may be on another machine, stops all.
-
-    Raises:
-        SetupError: What any rank found to be wrong, or ranks that go on from different epochs.
-    """
-    run, error = None, None
-    try:
-        run = build(config, ranks)
-    except (ValueError, OSError) as caught:
-        error = str(caught)
-    errors = dict.fromkeys(text for text in ranks.gather(error) if text is not None)
-    if run is None or errors:
-        raise SetupError("; ".join(errors))
-    epochs = ranks.gather(run.epochs_done)
-    if len(set(epochs)) > 1:
-        raise SetupError(f"ranks go on from epochs {epochs}: expected one output folder that all machines share")
-    return run
 
 
 def build(config: PretrainConfig, ranks: Ranks) -> Run:
@@ -131,8 +98,9 @@ def build(config: PretrainConfig, ranks: Ranks) -> Run:
     optimizer = build_adamw(model, lr=config.peak_lr, weight_decay=config.weight_decay, betas=config.betas)
     epochs_done = 0
     if checkpoint is not None:
-        epochs_done, changes = load_state(checkpoint, config, model, optimizer, steps_per_epoch=batches.steps)
-        notes += [f"resumed from {checkpoint}, after epoch {epochs_done}", *changes]
+        resumed = load_state(checkpoint, config, model, optimizer, steps_per_epoch=batches.steps)
+        epochs_done = resumed.epochs_done
+        notes += [f"resumed from {checkpoint}, after epoch {epochs_done}", *resumed.notes]
 
     frames, sample_rate = config.model.spec_size[0], config.model.sample_rate
     front_end = config.model.front_end().to(ranks.device)
@@ -158,34 +126,9 @@ def build(config: PretrainConfig, ranks: Ranks) -> Run:
         gain_db=config.gain_db,
         crop=config.crop,
     )
-    workers = share_processors(config, ranks)
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=ranks.device.type == "cuda",
-        # Workers draw nothing from it, but starting them would take a number from the generator that dropout uses.
-        generator=torch.Generator(),
-    )
+    loader = make_loader(dataset, batches, ranks, share_processors(config.workers, ranks))
     trainer = Pretrainer(config, ranks, model, optimizer, front_end, batches, loader)
     return Run(dataset, trainer, epochs_done, [*describe(config, ranks, dataset, trainer), *notes])
-
-
-def share_processors(config: PretrainConfig, ranks: Ranks) -> int:
-    """Divide this rank's processors between reading and, on a CPU, computing; return the number of reading workers.
-
-    A compute thread for every processor besides a reading worker would be one too many: OpenMP's threads wait for each
-    other many times a step, and one that is not running holds up the rest. Two threads on two processors of which
-    another process takes one train the demo at 7 clips/s, a single thread at 61.
-    """
-    processors = max(len(os.sched_getaffinity(0)) // ranks.local_world_size, 1)
-    if ranks.device.type == "cuda":
-        return min(max(processors - 1, 1), 8) if config.workers is None else config.workers
-    workers = min(processors - 1, 1) if config.workers is None else config.workers
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(processors - workers, 1))
-    return workers
 
 
 def describe(config: PretrainConfig, ranks: Ranks, dataset: ClipDataset, trainer: Pretrainer) -> list[str]:
@@ -196,7 +139,7 @@ def describe(config: PretrainConfig, ranks: Ranks, dataset: ClipDataset, trainer
         f"{config.epochs} epochs of {trainer.steps_per_epoch} steps of {config.batch_size} crops "
         f"of {dataset.samples / dataset.sample_rate:.4g} s",
         f"model: {parameters / 1e6:.1f} M parameters, {config.model.decoder} decoder, "
-        f"{'bf16' if uses_bf16(config, ranks.device) else 'fp32'} on {ranks.world_size} x {ranks.device.type}",
+        f"{'bf16' if trainer.precision == torch.bfloat16 else 'fp32'} on {ranks.world_size} x {ranks.device.type}",
         *describe_operators(config, ranks, trainer.model),
     ]
 
@@ -205,7 +148,7 @@ def describe_operators(config: PretrainConfig, ranks: Ranks, model: AudioMAE) ->
     """Tell which form each operator takes and why."""
     if not config.fused:
         return ["operators: reference (plain PyTorch); --fused takes the fastest form at hand"]
-    dtype = torch.bfloat16 if uses_bf16(config, ranks.device) else torch.float32
+    dtype = autocast_dtype(config.precision, ranks.device)
     forms = resolve_forms(model.impl, ranks.device.type, dtype)
     lines = [f"operator {name}: {form} ({why})" for name, (form, why) in forms.items() if name != "flash_attention"]
     kept = draw_mask(config, model.grid, torch.zeros(1, dtype=torch.int64), model.impl).ids_keep.shape[1]
@@ -252,42 +195,32 @@ def train(config: PretrainConfig, ranks: Ranks, run: Run, log: RunLog | NullLog)
         if last:
             log.message(
                 f"loss over the last epoch: {result.loss:.4f}; "
-                f"the mean of every patch scores {result.baseline_loss:.4f}\n"
+                f"the mean of every patch scores {result.scalars['baseline_loss']:.4f}\n"
                 f"weights, log, pictures and checkpoint are in {config.output_dir}"
             )
     ranks.barrier()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; what is wrong with settings, data or checkpoints ends it with one line and exit status 2."""
-    try:
-        config = parse_arguments(arguments)
-        with join_ranks(config.device) as ranks:
-            run = build_together(config, ranks)
-            try:
-                with RunLog(config.output_dir) if ranks.main else NullLog() as log:
-                    train(config, ranks, run, log)
-            except (OSError, FloatingPointError) as error:
-                end_rank(ranks, error)
-    except SetupError as error:  # the same on all ranks
-        if is_main_process():
-            print(f"audiomae.pretrain: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        if is_main_process():
-            print("audiomae.pretrain: interrupted; --resume auto goes on after the last saved epoch", file=sys.stderr)
-        sys.exit(130)
+    """Run the command."""
+    run_command(PROG, partial(run_pretraining, arguments))
 
 
-def end_rank(ranks: Ranks, error: Exception) -> NoReturn:
-    """Tell what ended this rank, and exit."""
-    # An error of a reading worker carries its traceback as text; the last line is the error itself.
-    reason = str(error).strip().splitlines()[-1].removeprefix(f"{ClipError.__module__}.{ClipError.__qualname__}: ")
-    where = f" (rank {ranks.rank})" if ranks.world_size > 1 else ""
-    print(f"audiomae.pretrain: error{where}: {reason}", file=sys.stderr, flush=True)
-    if ranks.world_size > 1:
-        os._exit(2)  # an orderly exit could wait for the other ranks, which wait for this one
-    sys.exit(2)
+def run_pretraining(arguments: Sequence[str] | None) -> None:
+    """Pre-train as the command line says.
+
+    Raises:
+        SetupError: What is wrong with settings, data or checkpoints.
+    """
+    config = parse_arguments(arguments)
+    with join_ranks(config.device) as ranks:
+        run = agree(ranks, partial(build, config, ranks))
+        agree_on_epoch(ranks, run.epochs_done)
+        try:
+            with RunLog(config.output_dir) if ranks.main else NullLog() as log:
+                train(config, ranks, run, log)
+        except (OSError, FloatingPointError) as error:
+            end_rank(PROG, ranks, error)
 
 
 if __name__ == "__main__":

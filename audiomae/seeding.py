@@ -47,20 +47,20 @@ def epoch_generator(seed: int, epoch: int, purpose: str) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(_derive(purpose, seed, epoch)))
 
 
-def mask_seeds(seed: int, pairs: torch.Tensor) -> torch.Tensor:
-    """Seeds for the masks of a batch, one a row.
+def visit_seeds(seed: int, pairs: torch.Tensor, purpose: str) -> torch.Tensor:
+    """Seeds for what a device draws for a batch, one a row.
 
     Args:
         seed: Seed of the run.
         pairs: (B, 2) int64 on the CPU, the (epoch, clip) of each row, as batches of a ``ClipDataset`` carry them.
+        purpose: Name of the draw, at most 16 bytes: "mask" for ``PatchMask.random`` and its siblings.
 
     Returns:
-        (B,) int64 on the CPU, for ``PatchMask.random`` and its siblings.
+        (B,) int64 on the CPU.
 
     Raises:
         ValueError: For pairs of another shape or type.
     """
     if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.dtype != torch.int64:
         raise ValueError(f"pairs must be int64 of shape (B, 2), got {pairs.dtype} of shape {tuple(pairs.shape)}")
-    seeds = [clip_seed(seed, epoch, clip, "mask") for epoch, clip in pairs.tolist()]
-    return torch.tensor(seeds, dtype=torch.int64)
+    return torch.tensor([clip_seed(seed, epoch, clip, purpose) for epoch, clip in pairs.tolist()], dtype=torch.int64)

@@ -49,9 +49,11 @@ def _reason(path: str, error: sf.LibsndfileError) -> str:
 
 
 class _Clip:
-    """An open file, seen as mono samples at one sample rate."""
+    """An open file or a part of it, ``(start, duration)`` in seconds, seen as mono samples at one sample rate."""
 
-    def __init__(self, path: str, file: sf.SoundFile, sample_rate: int):
+    def __init__(
+        self, path: str, file: sf.SoundFile, sample_rate: int, segment: tuple[float, float | None] = (0.0, None)
+    ):
         self._path, self._file = path, file
         if file.frames == 0:
             raise ClipError(f"{path}: holds no samples")
@@ -60,10 +62,18 @@ class _Clip:
         if file.samplerate > _MAX_RATE:
             raise ClipError(f"{path}: sample rate of {file.samplerate} Hz, at most {_MAX_RATE} Hz can be read")
         self._resampler = None if file.samplerate == sample_rate else cached_resampler(file.samplerate, sample_rate)
-        self.length = file.frames if self._resampler is None else self._resampler.length(file.frames)
+        whole = file.frames if self._resampler is None else self._resampler.length(file.frames)
+        start, duration = segment
+        self._first = round(start * sample_rate)
+        self.length = whole - self._first
+        if duration is not None:
+            self.length = min(self.length, round(duration * sample_rate))
+        if self.length < 1:
+            raise ClipError(f"{path}: lasts {whole / sample_rate:.4g} s, expected a part of it from {start:.4g} s on")
 
     def read(self, first: int, count: int) -> torch.Tensor:
         """Samples [first, first + count), which must lie inside the clip; decodes little more than they need."""
+        first += self._first
         if self._resampler is None:
             return torch.from_numpy(self._decode(first, count))
         begin, end = self._resampler.span(first, count)
@@ -98,6 +108,27 @@ def _decode_next(file: sf.SoundFile, count: int) -> np.ndarray:
         return samples[:, 0]
     # For stereo, adding columns takes a tenth of the time that ``samples.mean(axis=1)`` takes.
     return reduce(np.add, samples.T) / np.float32(file.channels)
+
+
+def read_clip(manifest: Manifest, number: int, sample_rate: int, samples: int, start: float = 0.0) -> torch.Tensor:
+    """Read a clip of a manifest as mono, or ``samples`` of one that is longer.
+
+    Args:
+        manifest: The clips.
+        number: Index of the clip.
+        sample_rate: Sample rate of the result, Hz.
+        samples: Length of the result at most.
+        start: Which part of a longer clip: 0 is its first samples, 1 its last ones.
+
+    Returns:
+        (at most ``samples``,) float32; integer formats in [-1, 1).
+
+    Raises:
+        ClipError: For a file that is missing, no audio, empty, cut off, or holds samples that are not finite.
+    """
+    with _open_clip(manifest, number, sample_rate) as clip:
+        count = min(samples, clip.length)
+        return clip.read(round(start * (clip.length - count)), count)
 
 
 def read_waveform(
@@ -137,6 +168,13 @@ def read_waveform(
         if count < 1:
             raise ValueError(f"duration must be at least one sample at {sample_rate} Hz, got {duration} s")
         return clip.read(first, count)
+
+
+@contextmanager
+def _open_clip(manifest: Manifest, number: int, sample_rate: int) -> Iterator[_Clip]:
+    path = manifest.path(number)
+    with _open(path) as file:
+        yield _Clip(path, file, sample_rate, manifest.segment(number))
 
 
 def _read_cyclic(clip: _Clip, start: int, samples: int) -> torch.Tensor:
@@ -211,9 +249,7 @@ class ClipDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
             epoch, number = index
         except TypeError as error:
             raise TypeError(f"a clip is drawn by (epoch, clip), as ClipBatches yields them, got {index!r}") from error
-        path = self.manifest.path(number)
-        with _open(path) as file:
-            clip = _Clip(path, file, self.sample_rate)
+        with _open_clip(self.manifest, number, self.sample_rate) as clip:
             start = 0
             if self.crop == "random":
                 start = int(clip_generator(self.seed, epoch, number, "crop").integers(clip.length))

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import reprlib
 from array import array
@@ -11,8 +12,12 @@ from pathlib import Path
 
 import soundfile as sf
 
+Clip = tuple[str, Sequence[str]] | tuple[str, Sequence[str], float, float | None]
+"""(path, labels), or (path, labels, start, duration) of a part of a file, in seconds; no duration is to its end."""
+
 _PATH_COLUMNS = ("path", "file", "filename", "wav")
 _LABEL_SEPARATOR = "\x1f"  # inside a manifest only; no name of a label holds it
+_WHOLE_FILE = array("d", [0.0, math.inf])  # start and duration
 _ALIASES = {
     "AIFF": ("aif", "aifc"),
     "AU": ("snd",),
@@ -51,26 +56,41 @@ class Manifest:
     """Clips and their labels, in a form that holds millions and that worker processes share.
 
     Args:
-        clips: (path, labels) of each clip; duplicates stay.
+        clips: (path, labels) of each clip, or (path, labels, start, duration) of one that is a part of a file, in
+            seconds, to the end of the file where the duration is None; duplicates stay.
         root: Folder that relative paths start from.
 
     Raises:
-        ManifestError: For no clips, or a path that is empty or cannot be a path.
+        ManifestError: For no clips, a path that is empty or cannot be a path, or a part that cannot be one.
     """
 
-    def __init__(self, clips: Iterable[tuple[str, Sequence[str]]], root: str | Path = "."):
+    def __init__(self, clips: Iterable[Clip], root: str | Path = "."):
         self.root = str(root)
         self._paths = _PackedStrings()
         self._labels = _PackedStrings()
+        self._segments: array[float] | None = None  # start and duration of each clip, if any is a part of a file
         self.has_labels = False
-        for number, (path, labels) in enumerate(clips):
+        for number, clip in enumerate(clips):
+            path, labels, start, duration = clip if len(clip) == 4 else (*clip, 0.0, None)
             if not path or "\0" in path:
                 raise ManifestError(f"clip {number}: {path!r} is no path")
+            self._append_segment(number, start, duration)
             self._paths.append(path)
             self._labels.append(_LABEL_SEPARATOR.join(labels))
             self.has_labels |= bool(labels)
         if not self._paths:
             raise ManifestError("no clips")
+
+    def _append_segment(self, number: int, start: float, duration: float | None) -> None:
+        if not 0 <= start < math.inf:
+            raise ManifestError(f"clip {number}: start is {start} s, expected at least 0")
+        if duration is not None and not 0 < duration < math.inf:
+            raise ManifestError(f"clip {number}: duration is {duration} s, expected more than 0")
+        if self._segments is None:
+            if start == 0 and duration is None:
+                return
+            self._segments = _WHOLE_FILE * number
+        self._segments.extend((start, math.inf if duration is None else duration))
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -83,6 +103,33 @@ class Manifest:
         """Labels of a clip; none where the manifest gives none."""
         labels = self._labels[clip]
         return tuple(labels.split(_LABEL_SEPARATOR)) if labels else ()
+
+    def segment(self, clip: int) -> tuple[float, float | None]:
+        """Which part of its file a clip is: start and duration in seconds, (0.0, None) for the whole file."""
+        clip = range(len(self))[clip]
+        if self._segments is None:
+            return 0.0, None
+        start, duration = self._segments[2 * clip : 2 * clip + 2]
+        return start, None if duration == math.inf else duration
+
+    def select(self, clips: Iterable[int]) -> "Manifest":
+        """Make a manifest of some of the clips, in the order given; a clip can be taken more than once."""
+        return Manifest(((self._paths[clip], self.labels(clip), *self.segment(clip)) for clip in clips), self.root)
+
+    @classmethod
+    def join(cls, manifests: Sequence["Manifest"]) -> "Manifest":
+        """Make a manifest of the clips of several, one after the other."""
+        if len(manifests) == 1:
+            return manifests[0]
+        roots = {manifest.root for manifest in manifests}
+        return cls(
+            (
+                (manifest._paths[clip] if len(roots) == 1 else manifest.path(clip), labels, *manifest.segment(clip))
+                for manifest in manifests
+                for clip, labels in enumerate(map(manifest.labels, range(len(manifest))))
+            ),
+            root=roots.pop() if len(roots) == 1 else "",
+        )
 
 
 def audio_extensions() -> tuple[str, ...]:
@@ -99,7 +146,8 @@ def read_manifest(source: str | Path | None = None) -> Manifest:
     - A folder: all audio files in it and its sub-folders, by extension, sorted by path; hidden ones are skipped. No
       labels.
     - A ``.csv``: a header with a column ``path``, ``file``, ``filename`` or ``wav``, and, where clips have labels,
-      ``label`` (one, as it stands) or ``labels`` (separated by commas). Relative paths start from the CSV's folder.
+      ``label`` (one, as it stands) or ``labels`` (separated by commas). ``start`` and ``duration``, in seconds, make
+      a clip a part of its file; either may be empty. Relative paths start from the CSV's folder.
     - A ``.json`` of AST or Audio-MAE: ``{"data": [{"wav": path, "labels": "/m/a,/m/b"}, ...]}``, the labels optional.
       Relative paths start from the JSON's folder.
 
@@ -120,7 +168,7 @@ def read_manifest(source: str | Path | None = None) -> Manifest:
     return _read(path, readers[path.suffix.lower()])
 
 
-def _read(path: Path, clips: Callable[[Path], Iterator[tuple[str, Sequence[str]]]]) -> Manifest:
+def _read(path: Path, clips: Callable[[Path], Iterator[Clip]]) -> Manifest:
     try:
         return Manifest(clips(path), root=path.parent)
     except (ManifestError, UnicodeError) as error:
@@ -128,17 +176,29 @@ def _read(path: Path, clips: Callable[[Path], Iterator[tuple[str, Sequence[str]]
 
 
 def _read_folder(folder: Path) -> Manifest:
-    extensions = audio_extensions()
-    endings = tuple(f".{extension}" for extension in extensions)
+    paths = audio_files(folder)
+    if not paths:
+        raise ManifestError(f"{folder}: no audio files in it or below; looked for .{' .'.join(audio_extensions())}")
+    return Manifest(((path, ()) for path in paths), root=folder)
+
+
+def audio_files(folder: Path) -> list[str]:
+    """Find all audio files in a folder and its sub-folders, by extension; hidden ones are skipped.
+
+    Returns:
+        Paths relative to the folder, sorted.
+
+    Raises:
+        OSError: For a folder that is missing or cannot be read.
+    """
+    endings = tuple(f".{extension}" for extension in audio_extensions())
     paths = []
     for parent, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".") and not _is_loop(parent, name)]
         inside = os.path.relpath(parent, folder)
         names = (name for name in files if not name.startswith(".") and name.lower().endswith(endings))
         paths += [os.path.normpath(os.path.join(inside, name)) for name in names]
-    if not paths:
-        raise ManifestError(f"{folder}: no audio files in it or below; looked for .{' .'.join(extensions)}")
-    return Manifest(((path, ()) for path in sorted(paths)), root=folder)
+    return sorted(paths)
 
 
 def _raise(error: OSError) -> None:
@@ -151,27 +211,52 @@ def _is_loop(parent: str, name: str) -> bool:
     return os.path.islink(path) and Path(parent).resolve().is_relative_to(Path(path).resolve())
 
 
-def _csv_clips(path: Path) -> Iterator[tuple[str, Sequence[str]]]:
+def _csv_clips(path: Path) -> Iterator[Clip]:
+    for line, record in csv_records(path, _PATH_COLUMNS):
+        column = next(name for name in _PATH_COLUMNS if name in record)
+        if "labels" in record:
+            labels = _split(record["labels"])
+        else:
+            labels = [record["label"]] if record.get("label") else []
+        start, duration = (_seconds(record, name, line) for name in ("start", "duration"))
+        yield record[column], labels, start or 0.0, duration
+
+
+def csv_records(path: Path, *columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield the line number and the fields of each row of a CSV with a header.
+
+    Args:
+        path: The file.
+        columns: Each is a choice of names of which the header must hold one.
+
+    Raises:
+        ManifestError: For a malformed CSV, without its path.
+        UnicodeError: For one that is not UTF-8.
+    """
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.reader(file, strict=True)
         try:
             header = [name.strip() for name in next(rows, [])]
-            column = next((name for name in _PATH_COLUMNS if name in header), None)
-            if column is None:
-                raise ManifestError(f"expected a column {' or '.join(_PATH_COLUMNS)}, found {header}")
+            for choice in columns:
+                if not set(choice) & set(header):
+                    raise ManifestError(f"expected a column {' or '.join(choice)}, found {header}")
             for row in filter(None, rows):
                 if len(row) != len(header):
                     raise ManifestError(f"line {rows.line_num}: {len(row)} fields under a header of {len(header)}")
-                record = dict(zip(header, row, strict=True))
-                if "labels" in record:
-                    yield record[column], _split(record["labels"])
-                else:
-                    yield record[column], [record["label"]] if record.get("label") else []
+                yield rows.line_num, dict(zip(header, row, strict=True))
         except csv.Error as error:
             raise ManifestError(f"line {rows.line_num}: {error}") from error
 
 
-def _json_clips(path: Path) -> Iterator[tuple[str, Sequence[str]]]:
+def _seconds(record: dict[str, str], column: str, line: int) -> float | None:
+    text = record.get(column, "").strip()
+    try:
+        return float(text) if text else None
+    except ValueError as error:
+        raise ManifestError(f"line {line}: {column} is {text!r}, expected seconds") from error
+
+
+def _json_clips(path: Path) -> Iterator[Clip]:
     with path.open(encoding="utf-8-sig") as file:
         try:
             content = json.load(file)

@@ -26,10 +26,13 @@ class ClipBatches(Sampler[list[tuple[int, int]]]):
         rank: This process among the ranks.
         world_size: Number of ranks; must divide ``batch_size``.
         splits: Lists that a rank's share of a global batch is split into; must divide the share.
+        weights: (num_clips,), positive. An epoch is then ``epoch_clips`` different clips, each drawn with a chance that
+            grows with its weight: one after the other, proportionally to the weights of those that are left.
+        epoch_clips: How many.
 
     Raises:
         ValueError: For numbers that are not positive, a rank outside the world, a batch that the ranks cannot share
-            equally, or one that is larger than an epoch.
+            equally, one that is larger than an epoch, or more clips to draw than there are.
     """
 
     def __init__(
@@ -41,7 +44,18 @@ class ClipBatches(Sampler[list[tuple[int, int]]]):
         rank: int = 0,
         world_size: int = 1,
         splits: int = 1,
+        weights: np.ndarray | None = None,
+        epoch_clips: int | None = None,
     ):
+        if weights is not None and weights.shape != (num_clips,):
+            raise ValueError(f"weights must have shape ({num_clips},), one for each clip, got {weights.shape}")
+        if weights is not None and not (weights > 0).all():
+            raise ValueError(f"weights must be positive, got {weights.min()}")
+        if (weights is None) != (epoch_clips is None):
+            raise ValueError("weights and epoch_clips must be given together")
+        if epoch_clips is not None and epoch_clips > num_clips:
+            raise ValueError(f"an epoch of {epoch_clips} different clips, but the manifest has {num_clips}")
+        self.clips_per_pass = num_clips if epoch_clips is None else epoch_clips
         counts = {
             "num_clips": num_clips,
             "batch_size": batch_size,
@@ -60,10 +74,11 @@ class ClipBatches(Sampler[list[tuple[int, int]]]):
             raise ValueError(
                 f"a rank's {batch_size // world_size} clips of a batch cannot be split into {splits} equal parts"
             )
-        if batch_size > num_clips * repeats:
+        if batch_size > self.clips_per_pass * repeats:
             raise ValueError(
-                f"batch of {batch_size} clips, but the manifest has {num_clips}"
-                f"{f' ({num_clips * repeats} with repeats={repeats})' if repeats > 1 else ''}: "
+                f"batch of {batch_size} clips, but {'the manifest' if weights is None else 'an epoch'} has "
+                f"{self.clips_per_pass}"
+                f"{f' ({self.clips_per_pass * repeats} with repeats={repeats})' if repeats > 1 else ''}: "
                 "take a smaller batch or more repeats"
             )
         self.num_clips = num_clips
@@ -73,6 +88,7 @@ class ClipBatches(Sampler[list[tuple[int, int]]]):
         self.rank = rank
         self.world_size = world_size
         self.splits = splits
+        self.weights = weights
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -84,17 +100,50 @@ class ClipBatches(Sampler[list[tuple[int, int]]]):
     @property
     def steps(self) -> int:
         """Global batches of an epoch."""
-        return self.num_clips * self.repeats // self.batch_size
+        return self.clips_per_pass * self.repeats // self.batch_size
 
     def __len__(self) -> int:
         return self.steps * self.splits
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         passes = range(self.epoch * self.repeats, (self.epoch + 1) * self.repeats)
-        order = np.concatenate([epoch_generator(self.seed, p, "order").permutation(self.num_clips) for p in passes])
+        order = np.concatenate([self._order(number) for number in passes])
         share = self.batch_size // self.world_size
         size = share // self.splits
         for batch in range(self.steps):
             start = batch * self.batch_size + self.rank * share
             for begin in range(start, start + share, size):
-                yield [(passes[i // self.num_clips], int(order[i])) for i in range(begin, begin + size)]
+                yield [(passes[i // self.clips_per_pass], int(order[i])) for i in range(begin, begin + size)]
+
+    def _order(self, number: int) -> np.ndarray:
+        """The clips of a pass, shuffled."""
+        draw = epoch_generator(self.seed, number, "order")
+        if self.weights is None:
+            return draw.permutation(self.num_clips)
+        # Waiting times with the weights as rates: the order of the first arrivals is that of drawing one after the
+        # other without replacement (Efraimidis & Spirakis 2006). It puts large weights first, hence the shuffle.
+        arrivals = draw.exponential(size=self.num_clips) / self.weights
+        chosen = np.argpartition(arrivals, self.clips_per_pass - 1)[: self.clips_per_pass]
+        return draw.permutation(np.sort(chosen))
+
+
+class EvaluationBatches(Sampler[list[tuple[int, int]]]):
+    """Batch sampler: one rank's share of all clips, each clip once over all ranks, as lists of (0, clip) pairs.
+
+    Args:
+        num_clips: Clips in the manifest.
+        batch_size: Clips of a list at most.
+        rank: This process among the ranks.
+        world_size: Number of ranks. Their shares differ by a clip where it does not divide ``num_clips``.
+    """
+
+    def __init__(self, num_clips: int, batch_size: int, rank: int = 0, world_size: int = 1):
+        self.clips = range(rank, num_clips, world_size)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.clips) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for begin in range(0, len(self.clips), self.batch_size):
+            yield [(0, clip) for clip in self.clips[begin : begin + self.batch_size]]

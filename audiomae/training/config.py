@@ -1,9 +1,10 @@
-"""What a pre-training run is made of."""
+"""What a run is made of: the settings that all runs share, those of pre-training, and those of fine-tuning."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from audiomae.config import EncoderConfig
 from audiomae.model import AudioMAEConfig
 
 
@@ -12,22 +13,18 @@ class SetupError(ValueError):
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
-    """Settings of a pre-training run. A recipe gives them all; flags change single ones."""
+class RunConfig:
+    """Settings that every training run has. A recipe gives them all; flags change single ones."""
 
     recipe: str = "demo"
-    """Recipe that gives the defaults: demo or pretrain-audioset."""
+    """Recipe that gives the defaults."""
     variant: Literal["paper", "released"] = "paper"
     """Settings as the paper prints them, or as its released code has them."""
     size: str | None = None
     """Encoder size over the recipe's: tiny, small, base, large or huge."""
 
-    data: str | None = None
-    """Folder of sound files, CSV, or AST / Audio-MAE JSON manifest. None: the demo clips that ship with the package."""
-    output_dir: Path = Path("runs/pretrain")
-    """Where log.jsonl, TensorBoard files, pictures and checkpoints go."""
-    init_from: str | None = None
-    """Weights that start the encoder: a file or hub id of Audio-MAE, timm, image MAE or ImageNet ViT."""
+    output_dir: Path = Path("runs/run")
+    """Where log.jsonl, TensorBoard files, checkpoints and whatever else a run makes go."""
     resume: str | None = None
     """Checkpoint to go on from; "auto" is the last one of the output folder, if there is one."""
 
@@ -40,7 +37,7 @@ class PretrainConfig:
     accumulation: int = 1
     """Micro-batches that a rank's share of a batch is split into, to save memory."""
     repeats: int = 1
-    """Visits of each clip in an epoch, each with its own crop and mask."""
+    """Visits of each clip in an epoch, each with its own random draws."""
     base_lr: float = 2e-4
     """Learning rate for a batch of 256; the peak is this x batch_size / 256."""
     min_lr: float = 1e-6
@@ -51,6 +48,76 @@ class PretrainConfig:
     """AdamW's decay of its two moments."""
     clip_grad: float | None = None
     """Largest norm of the gradient; None does not clip."""
+
+    workers: int | None = None
+    """Processes that read clips, for each rank; None: up to 8 with a GPU, 1 on a CPU, where they take a processor."""
+    fused: bool = False
+    """Take the fastest form at hand of each operator instead of plain PyTorch."""
+    compile: bool = False
+    """Run the model through torch.compile."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Autocast: auto is bf16 on GPUs and fp32 on CPUs."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train: auto takes a GPU where there is one."""
+    seed: int = 0
+    """Seed of weights, order, and all that is random about a clip."""
+
+    log_every: int = 20
+    """Steps between logged ones."""
+    save_every: int = 1
+    """Epochs between saves of the last checkpoint; the final epoch is always saved."""
+    keep_every: int = 8
+    """Epochs between checkpoints that are kept; 0 keeps the last one alone."""
+
+    model: EncoderConfig = field(default_factory=EncoderConfig)
+    """Architecture, and the statistics of its input."""
+
+    def __post_init__(self) -> None:
+        """Check single settings; what depends on data, devices or other settings is checked where they meet."""
+        self.check_positive("epochs", "batch_size", "accumulation", "repeats", "base_lr", "log_every", "save_every")
+        self.check_positive("clip_grad")
+        self.check_not_negative("warmup_epochs", "min_lr", "weight_decay", "keep_every", "seed", "workers")
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(
+                f"warmup_epochs is {self.warmup_epochs}, expected at most the {self.epochs} epochs of the run: "
+                "lower both"
+            )
+        if self.seed >= 2**63:
+            raise ValueError(f"seed is {self.seed}, expected less than 2**63")
+        if self.model.in_channels != 1:
+            raise ValueError(f"model.in_channels is {self.model.in_channels}, expected 1: clips are read as mono")
+
+    def check_positive(self, *names: str) -> None:
+        """Raise ValueError unless these settings are more than 0, or None."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}, expected more than 0")
+
+    def check_not_negative(self, *names: str) -> None:
+        """Raise ValueError unless these settings are at least 0, or None."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name} is {value}, expected at least 0")
+
+    @property
+    def peak_lr(self) -> float:
+        """Learning rate after warm-up."""
+        return self.base_lr * self.batch_size / 256
+
+
+@dataclass(frozen=True)
+class PretrainConfig(RunConfig):
+    """Settings of a pre-training run."""
+
+    output_dir: Path = Path("runs/pretrain")
+    """Where log.jsonl, TensorBoard files, pictures and checkpoints go."""
+
+    data: str | None = None
+    """Folder of sound files, CSV, or AST / Audio-MAE JSON manifest. None: the demo clips that ship with the package."""
+    init_from: str | None = None
+    """Weights that start the encoder: a file or hub id of Audio-MAE, timm, image MAE or ImageNet ViT."""
 
     mask: Literal["random", "time", "frequency", "time_frequency"] = "random"
     """Which patches are removed together."""
@@ -67,66 +134,96 @@ class PretrainConfig:
     """Random gain: uniform in decibels, or the released code's Beta(10, 10) + 0.5."""
     gain_db: float = 6.0
     """Largest uniform gain either way, dB."""
-    workers: int | None = None
-    """Processes that read clips, for each rank; None: up to 8 with a GPU, 1 on a CPU, where they take a processor."""
-
-    fused: bool = False
-    """Take the fastest form at hand of each operator instead of plain PyTorch."""
-    compile: bool = False
-    """Run the model through torch.compile."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Autocast: auto is bf16 on GPUs and fp32 on CPUs."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train: auto takes a GPU where there is one."""
-    seed: int = 0
-    """Seed of weights, order, crops, gains and masks."""
-
-    log_every: int = 20
-    """Steps between logged ones."""
     picture_every: int = 4
     """Epochs between pictures of reconstructions; 0 draws none."""
-    save_every: int = 1
-    """Epochs between saves of the last checkpoint; the final epoch is always saved."""
-    keep_every: int = 8
-    """Epochs between checkpoints that are kept; 0 keeps the last one alone."""
 
     model: AudioMAEConfig = field(default_factory=AudioMAEConfig)
-    """Architecture."""
+    """Architecture, and the statistics of its input."""
 
     def __post_init__(self) -> None:
-        """Check single settings; what depends on data, devices or other settings is checked where they meet."""
-        positive = (
-            "epochs",
-            "batch_size",
-            "accumulation",
-            "repeats",
-            "base_lr",
-            "log_every",
-            "save_every",
-        )
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected more than 0")
-        for name in ("warmup_epochs", "min_lr", "weight_decay", "gain_db", "picture_every", "keep_every", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
-        for name in ("clip_grad", "clip_seconds"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} is {value}, expected more than 0")
-        if self.workers is not None and self.workers < 0:
-            raise ValueError(f"workers is {self.workers}, expected at least 0")
-        if self.warmup_epochs > self.epochs:
+        """Check single settings."""
+        super().__post_init__()
+        self.check_positive("clip_seconds")
+        self.check_not_negative("gain_db", "picture_every")
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(RunConfig):
+    """Settings of a fine-tuning run."""
+
+    output_dir: Path = Path("runs/finetune")
+    """Where log.jsonl, TensorBoard files, checkpoints, and reports on the splits go."""
+
+    dataset: str = "demo"
+    """Data set: audioset, audioset-20k, esc50, speech-commands-v1, speech-commands-v2, voxceleb1, demo, or manifest
+    for your own lists of clips."""
+    data: str | None = None
+    """Folder of the data set; with manifest, the training clips: a CSV, a JSON, or a folder with one for each class."""
+    valid_data: str | None = None
+    """With manifest: clips that choose the best epoch."""
+    test_data: str | None = None
+    """With manifest: clips to report on at the end."""
+    labels: str | None = None
+    """With manifest: file of the classes, as AudioSet's class_labels_indices.csv or one a line. None: all there are."""
+    multi_label: bool = False
+    """With manifest: a clip can be of several classes."""
+    fold: int | None = None
+    """Fold of ESC-50 that is tested on; None runs all five and reports their mean and deviation."""
+
+    checkpoint: str | None = None
+    """Weights to start from: a file or hub id of Audio-MAE, timm, image MAE or ImageNet ViT. None: random ones."""
+    reset_head: bool = False
+    """Start with a new head though the checkpoint has one."""
+    freeze: bool = False
+    """Linear probe: train the norm and head on a frozen encoder that sees all patches."""
+
+    select: Literal["valid", "test", "last"] = "valid"
+    """Split that chooses the best epoch, or the last epoch. "test" is the protocol of AudioSet and ESC-50, which lack a
+    validation split."""
+    eval_every: int = 1
+    """Epochs between evaluations on the split that chooses."""
+
+    layer_decay: float = 1.0
+    """Learning rate of a block over that of the block above it."""
+    drop_path: float = 0.1
+    """Stochastic depth: the probability that the last block drops a branch."""
+    mask_ratio_time: float = 0.3
+    """Share of time steps whose patches are dropped; 0 with frequency 0 drops none."""
+    mask_ratio_frequency: float = 0.3
+    """Share of frequencies whose patches are dropped."""
+    loss: Literal["bce", "ce"] = "bce"
+    """Binary cross-entropy of each class, or cross-entropy over the classes."""
+
+    balanced_clips: int | None = None
+    """Clips of an epoch, drawn without replacement, rare classes more often. None: each clip once."""
+    roll: bool = True
+    """Roll each clip by a random offset; one longer than the input starts anywhere."""
+    noise_db: float | None = None
+    """Signal-to-noise ratio of the white noise that is added, dB; None adds none."""
+    mixup: float = 0.5
+    """Probability that a clip is mixed with another one, in waveform and labels."""
+    mixup_alpha: float = 10.0
+    """Shares of a mix come from Beta(alpha, alpha)."""
+    time_mask: int = 192
+    """SpecAugment: up to so many frames are set to 0."""
+    frequency_mask: int = 48
+    """SpecAugment: up to so many mel bins are set to 0."""
+
+    def __post_init__(self) -> None:
+        """Check single settings."""
+        super().__post_init__()
+        self.check_positive("eval_every", "layer_decay", "balanced_clips", "mixup_alpha")
+        self.check_not_negative("time_mask", "frequency_mask")
+        for name in ("drop_path", "mask_ratio_time", "mask_ratio_frequency"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 up to but not 1")
+        if not 0 <= self.mixup <= 1:
+            raise ValueError(f"mixup is {self.mixup}, expected a probability")
+        if self.layer_decay > 1:
+            raise ValueError(f"layer_decay is {self.layer_decay}, expected at most 1")
+        if self.balanced_clips is not None and self.repeats != 1:
             raise ValueError(
-                f"warmup_epochs is {self.warmup_epochs}, expected at most the {self.epochs} epochs of the run: "
-                "lower both"
+                f"repeats is {self.repeats} with balanced_clips, expected 1: that sets what an epoch holds"
             )
-        if self.seed >= 2**63:
-            raise ValueError(f"seed is {self.seed}, expected less than 2**63")
         if self.model.in_channels != 1:
             raise ValueError(f"model.in_channels is {self.model.in_channels}, expected 1: clips are read as mono")
-
-    @property
-    def peak_lr(self) -> float:
-        """Learning rate after warm-up."""
-        return self.base_lr * self.batch_size / 256

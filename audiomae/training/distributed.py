@@ -34,6 +34,12 @@ class Ranks:
         """Whether this process writes logs and checkpoints."""
         return self.rank == 0
 
+    def send(self, tensor: Tensor) -> Tensor:
+        """Copy a tensor from the CPU to the device without waiting for it."""
+        if self.device.type == "cuda":  # a copy from pageable memory would wait
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
     def mean(self, value: Tensor) -> Tensor:
         """Average a tensor over the ranks, in place."""
         if self.world_size > 1:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 SECONDS_BETWEEN_LINES = 10.0
+LOG, EVALUATIONS = "log.jsonl", "evaluations.jsonl"
 
 
 class RunLog:
@@ -30,6 +31,7 @@ class RunLog:
 
     - ``log.jsonl``: one JSON object a logged step, with "step", "epoch", "loss", "lr", "clips_per_second", further
       scalars, and "time" in seconds since 1970. Steps ascend. A number that is not finite becomes ``null``.
+    - ``evaluations.jsonl``: one JSON object an evaluation, with "step", "epoch", what it found, and "time".
     - ``tensorboard/``: the same scalars, and the pictures.
     - ``pictures/``: ``<tag>-epoch-0010.png``, or ``<tag>-step-0001234.png`` from within an epoch.
 
@@ -56,7 +58,7 @@ class RunLog:
         """
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._file = self._open.enter_context((self.directory / "log.jsonl").open("a", encoding="utf-8"))
+            self._file = self._open.enter_context((self.directory / LOG).open("a", encoding="utf-8"))
         except OSError as error:
             raise OSError(f"cannot write the log of a run to {self.directory}: {error.strerror}") from error
         return self
@@ -78,9 +80,10 @@ class RunLog:
         Raises:
             ValueError: The log of an earlier process is not one of ours.
         """
-        dropped = _cut(self.directory / "log.jsonl", first_step)
-        if dropped:
-            self.message(f"log.jsonl: dropped {dropped} line{'s' * (dropped > 1)} after step {first_step}")
+        for name in (LOG, EVALUATIONS):
+            dropped = _cut(self.directory / name, first_step)
+            if dropped:
+                self.message(f"{name}: dropped {dropped} line{'s' * (dropped > 1)} after step {first_step}")
         self._steps_per_epoch = steps_per_epoch
         self._last_step = first_step
         self._tensorboard = _open_tensorboard(self.directory / "tensorboard", purge_step=first_step + 1)
@@ -105,13 +108,19 @@ class RunLog:
             if not isinstance(value, int | float):
                 raise TypeError(f"{name} is of {type(value)}, expected a Python number")
         self._last_step = step
-        record = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        line = json.dumps({"step": step, **record, "time": round(time.time(), 3)}, allow_nan=False)
-        print(line, file=self._file, flush=True)
+        print(_record(step, values), file=self._file, flush=True)
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
         texts = [f"loss {loss:.4f}", f"lr {lr:.2e}", f"{clips_per_second:,.0f} clips/s"]
         self._display.step(step, "  ".join([*texts, *(f"{name} {value:.4g}" for name, value in scalars.items())]))
+
+    def evaluation(self, *, step: int, epoch: int, **values: float) -> None:
+        """Log what an evaluation after a step found, and show it."""
+        with (self.directory / EVALUATIONS).open("a", encoding="utf-8") as file:
+            print(_record(step, {"epoch": epoch, **values}), file=file)
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+        self.message(f"epoch {epoch}: {'  '.join(f'{name} {value:.4f}' for name, value in values.items())}")
 
     def advance(self, step: int) -> None:
         """Tell the display that ``step`` is done. Call it at every step: it takes microseconds."""
@@ -143,7 +152,7 @@ class NullLog:
     def start(self, *args: object, **kwargs: object) -> None:
         """Do nothing."""
 
-    step = advance = message = picture = start
+    step = evaluation = advance = message = picture = start
 
 
 class _Pace:
@@ -237,6 +246,8 @@ def _cut(path: Path, last_step: int) -> int:
     Raises:
         ValueError: A line is not the record of a step.
     """
+    if not path.exists():
+        return 0
     lines = path.read_bytes().splitlines(keepends=True)
     kept = size = 0
     for line in lines:
@@ -252,6 +263,12 @@ def _cut(path: Path, last_step: int) -> int:
         size += len(line)
     os.truncate(path, size)
     return len(lines) - kept
+
+
+def _record(step: int, values: dict[str, float]) -> str:
+    """A line of a log; JSON has no number that is not finite."""
+    finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    return json.dumps({"step": step, **finite, "time": round(time.time(), 3)}, allow_nan=False)
 
 
 def _open_tensorboard(directory: Path, purge_step: int) -> "SummaryWriter":

@@ -1,8 +1,9 @@
-"""The pre-training loop."""
+"""The training loop: what pre-training and fine-tuning have in common."""
 
 import inspect
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -13,15 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from audiomae.data import ClipBatches
-from audiomae.frontend import LogMel
-from audiomae.grid import PatchGrid
-from audiomae.masking import PatchMask
-from audiomae.model import AudioMAE
-from audiomae.seeding import clip_seed, mask_seeds
-from audiomae.training.config import PretrainConfig
+from audiomae.seeding import clip_seed
+from audiomae.training.config import RunConfig
 from audiomae.training.distributed import Ranks
 from audiomae.training.logging import NullLog, RunLog
-from audiomae.training.optimizer import cosine_lr
+from audiomae.training.optimizer import cosine_lr, set_lr
 
 # Buffers are constant. PyTorch 2.13 gave the setting that sends them in every forward a new name.
 SYNC_BUFFERS = (
@@ -31,49 +28,10 @@ SYNC_BUFFERS = (
 )
 
 
-def uses_bf16(config: PretrainConfig, device: torch.device) -> bool:
-    """Whether the model runs under bf16 autocast."""
-    return config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-
-
-def draw_mask(config: PretrainConfig, grid: PatchGrid, seeds: Tensor, impl: str) -> PatchMask:
-    """Draw masks of the kind and ratio of a run.
-
-    Args:
-        config: The run.
-        grid: The patch grid.
-        seeds: ``(B,)`` int64, one a row.
-        impl: Form of the operator.
-
-    Raises:
-        ValueError: A ratio that keeps or removes nothing.
-    """
-    if config.mask == "random":
-        return PatchMask.random(seeds, grid, config.mask_ratio, impl=impl)
-    if config.mask == "time":
-        return PatchMask.time(seeds, grid, config.mask_ratio)
-    if config.mask == "frequency":
-        return PatchMask.frequency(seeds, grid, config.mask_ratio)
-    return PatchMask.time_frequency(seeds, grid, config.mask_ratio, config.mask_ratio_frequency)
-
-
-def check_mask(config: PretrainConfig, grid: PatchGrid) -> None:
-    """Raise ValueError if the masks of a run would keep or remove nothing of a grid."""
-    draw_mask(config, grid, torch.zeros(1, dtype=torch.int64), impl="reference")
-
-
-class StepResult(NamedTuple):
-    """What a step gives, as scalars on the device.
-
-    Attributes:
-        loss: Of this rank's share of the batch.
-        baseline_loss: Of predicting each patch's mean; 0 unless asked for.
-        gradient_norm: Before clipping; None where nothing is clipped.
-    """
-
-    loss: Tensor
-    baseline_loss: Tensor
-    gradient_norm: Tensor | None
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Dtype that a model runs in under ``"bf16"``, ``"fp32"`` or ``"auto"``, which is bf16 on GPUs."""
+    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 class EpochResult(NamedTuple):
@@ -81,40 +39,38 @@ class EpochResult(NamedTuple):
 
     Attributes:
         loss: Of the model, over all steps.
-        baseline_loss: Of predicting each patch's mean, over the logged steps.
+        scalars: What else was logged, over the logged steps.
     """
 
     loss: float
-    baseline_loss: float
+    scalars: dict[str, float]
 
 
-class Pretrainer:
-    """Trains an :class:`AudioMAE` on batches of waveforms, one rank's share each.
+class Trainer(ABC):
+    """Trains a model on batches, one rank's share each. What the loss of a batch is, subclasses say.
 
     Args:
         config: The run.
         ranks: This process among the others.
         model: On ``ranks.device``.
         optimizer: Of the model's parameters.
-        front_end: Waveforms to spectrograms, on ``ranks.device``.
         batches: Batch sampler of ``loader``.
-        loader: Gives micro-batches ``(waveform (B, samples), pairs (B, 2))``.
+        loader: Gives micro-batches.
     """
 
     def __init__(
         self,
-        config: PretrainConfig,
+        config: RunConfig,
         ranks: Ranks,
-        model: AudioMAE,
+        model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        front_end: LogMel,
         batches: ClipBatches,
         loader: DataLoader[Any],
     ):
         self.config, self.ranks, self.model, self.optimizer = config, ranks, model, optimizer
-        self.front_end, self.batches, self.loader = front_end, batches, loader
+        self.batches, self.loader = batches, loader
         self.steps_per_epoch = batches.steps
-        self.precision = torch.bfloat16 if uses_bf16(config, ranks.device) else torch.float32
+        self.precision = autocast_dtype(config.precision, ranks.device)
         # Both wrappers are called as the model is.
         self.replica: Any = model
         if ranks.world_size > 1:
@@ -122,6 +78,23 @@ class Pretrainer:
             self.replica = DistributedDataParallel(model, **options)
         # Compiled from outside, so that the compiler splits the backward where gradients are reduced.
         self.compiled: Any = torch.compile(self.replica) if config.compile else self.replica
+
+    @abstractmethod
+    def compute_loss(self, batch: Any, *, logged: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss of a micro-batch through ``self.compiled``, and what else is logged of a logged step.
+
+        Args:
+            batch: As the loader gives it, on the CPU.
+            logged: Whether this step is logged; the others return no more than the loss.
+        """
+
+    def set_training_mode(self) -> None:
+        """Put the model into training mode."""
+        self.model.train()
+
+    def autocast(self) -> torch.autocast:
+        """The precision that the model runs in."""
+        return torch.autocast(self.ranks.device.type, self.precision, enabled=self.precision != torch.float32)
 
     def run_epoch(self, epoch: int, log: RunLog | NullLog) -> EpochResult:
         """Train for one epoch; nothing waits for the device but logged steps, and the last step is always logged.
@@ -135,83 +108,70 @@ class Pretrainer:
         """
         # What the model draws (dropout) depends on the epoch and the rank alone, so that a resumed run draws the same.
         torch.manual_seed(clip_seed(self.config.seed, epoch, self.ranks.rank, "dropout"))
-        self.model.train()
+        self.set_training_mode()
         self.batches.set_epoch(epoch)
         epoch_loss = torch.zeros((), device=self.ranks.device)
         recent_loss, recent_steps, recent_start = torch.zeros_like(epoch_loss), 0, time.perf_counter()
-        baseline_losses = []
+        logged_scalars: list[dict[str, float]] = []
         # The same iterator as often as a batch has micro-batches: zip takes the next one from it each time.
         micro_batches = [iter(self.loader)] * self.config.accumulation
         for index, batch in enumerate(zip(*micro_batches, strict=True)):
             step = epoch * self.steps_per_epoch + index + 1
             logged = step % self.config.log_every == 0 or index + 1 == self.steps_per_epoch
-            lr = self._set_learning_rate(step - 1)
-            result = self._train_step(batch, with_baseline_loss=logged)
-            recent_loss += result.loss
+            lr = self._learning_rate(step - 1)
+            set_lr(self.optimizer, lr)
+            loss, scalars = self._train_step(batch, logged=logged)
+            recent_loss += loss
             recent_steps += 1
             if logged:
-                averages = self.ranks.mean(torch.stack([recent_loss / recent_steps, result.baseline_loss])).tolist()
-                if not math.isfinite(averages[0]):
-                    raise FloatingPointError(f"the loss is {averages[0]} at step {step} (epoch {epoch + 1})")
-                baseline_losses.append(averages[1])
-                clips_per_second = recent_steps * self.config.batch_size / (time.perf_counter() - recent_start)
-                norm = result.gradient_norm
-                extra = {} if norm is None else {"gradient_norm": float(norm)}
+                names = list(scalars)
+                values = torch.stack([recent_loss / recent_steps, *scalars.values()])
+                average, *others = self.ranks.mean(values).tolist()
+                if not math.isfinite(average):
+                    raise FloatingPointError(f"the loss is {average} at step {step} (epoch {epoch + 1})")
+                logged_scalars.append(dict(zip(names, others, strict=True)))
                 log.step(
                     step=step,
                     epoch=epoch + 1,
-                    loss=averages[0],
-                    baseline_loss=averages[1],
+                    loss=average,
                     lr=lr,
-                    clips_per_second=clips_per_second,
-                    **extra,
+                    clips_per_second=recent_steps * self.config.batch_size / (time.perf_counter() - recent_start),
+                    **logged_scalars[-1],
                 )
                 epoch_loss += recent_loss
                 recent_loss, recent_steps, recent_start = torch.zeros_like(epoch_loss), 0, time.perf_counter()
             log.advance(step)
         average = self.ranks.mean(epoch_loss / self.steps_per_epoch).item()
-        return EpochResult(average, sum(baseline_losses) / len(baseline_losses))
+        count = len(logged_scalars)
+        return EpochResult(average, {k: sum(s[k] for s in logged_scalars) / count for k in logged_scalars[0]})
 
-    def _set_learning_rate(self, steps_done: int) -> float:
-        lr = cosine_lr(
+    def _learning_rate(self, steps_done: int) -> float:
+        return cosine_lr(
             steps_done,
             total=self.config.epochs * self.steps_per_epoch,
             warmup=self.config.warmup_epochs * self.steps_per_epoch,
             peak=self.config.peak_lr,
             minimum=self.config.min_lr,
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        return lr
 
-    def _train_step(self, batch: Sequence[tuple[Tensor, Tensor]], *, with_baseline_loss: bool) -> StepResult:
-        """Take an optimiser step on the micro-batches of a batch."""
+    def _train_step(self, batch: Sequence[Any], *, logged: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Take an optimiser step on the micro-batches of a batch; return the means of what they give."""
         count = len(batch)
         loss = torch.zeros((), device=self.ranks.device)
-        baseline_loss = torch.zeros_like(loss)
-        for micro, (waveform, pairs) in enumerate(batch):
-            spec, mask = self.prepare(waveform, pairs)
+        scalars: dict[str, Tensor] = {}
+        for micro, micro_batch in enumerate(batch):
             # All gradients are reduced once, in the backward of the last micro-batch.
             syncs = micro + 1 == count or self.ranks.world_size == 1
             with nullcontext() if syncs else self.replica.no_sync():
-                with torch.autocast(self.ranks.device.type, self.precision, enabled=self.precision != torch.float32):
-                    micro_loss = self.compiled(spec, mask).loss / count
-                micro_loss.backward()
-            loss += micro_loss.detach()
-            if with_baseline_loss:
-                baseline_loss += self.model.baseline_loss(spec, mask) / count
-        norm = None
+                micro_loss, micro_scalars = self.compute_loss(micro_batch, logged=logged)
+                (micro_loss / count).backward()
+            loss += micro_loss.detach() / count
+            for name, value in micro_scalars.items():
+                scalars[name] = scalars.get(name, 0) + value / count
         if self.config.clip_grad is not None:
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+            if logged:
+                scalars["gradient_norm"] = norm
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return StepResult(loss, baseline_loss, norm)
-
-    def prepare(self, waveform: Tensor, pairs: Tensor) -> tuple[Tensor, PatchMask]:
-        """Turn waveforms ``(B, samples)`` and their visits ``(B, 2)`` into normalised spectrograms and masks."""
-        device = self.ranks.device
-        spec = self.front_end(waveform.to(device, non_blocking=True), target_frames=self.model.grid.spec_size[0])
-        seeds = mask_seeds(self.config.seed, pairs)
-        if device.type == "cuda":  # a copy from pageable memory would wait for the device
-            seeds = seeds.pin_memory().to(device, non_blocking=True)
-        return spec, draw_mask(self.config, self.model.grid, seeds, self.model.impl)
+        return loss, scalars

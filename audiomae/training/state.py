@@ -4,17 +4,20 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from audiomae.checkpoints import CheckpointError, save_weights
 from audiomae.checkpoints.files import load_pickle, replacing
 from audiomae.checkpoints.shapes import check_state
+from audiomae.classifier import AudioClassifier
 from audiomae.model import AudioMAE
-from audiomae.training.config import PretrainConfig
+from audiomae.training.config import RunConfig
+from audiomae.training.logging import LOG
 
-LOG = "log.jsonl"
+Model = AudioMAE | AudioClassifier
+
 LAST = "checkpoint-last.pt"
 WEIGHTS = "weights.safetensors"
 SETTINGS = "config.json"
@@ -23,7 +26,7 @@ SETTINGS = "config.json"
 FREE_SETTINGS = {"output_dir", "resume", "workers", "log_every", "picture_every", "save_every", "keep_every", "device"}
 
 
-def find_checkpoint(config: PretrainConfig) -> Path | None:
+def find_checkpoint(config: RunConfig) -> Path | None:
     """Find the checkpoint that a run goes on from, None for a new run.
 
     Raises:
@@ -51,24 +54,25 @@ def _has_lines(log: Path) -> bool:
     return log.exists() and log.stat().st_size > 0
 
 
-def settings_of(config: PretrainConfig) -> dict[str, Any]:
+def settings_of(config: RunConfig) -> dict[str, Any]:
     """All settings as JSON has them."""
     return json.loads(json.dumps(asdict(config), default=str))
 
 
-def save_settings(config: PretrainConfig) -> None:
+def save_settings(config: RunConfig) -> None:
     """Write the settings of a run beside its log."""
     with replacing(config.output_dir / SETTINGS) as temporary:
         temporary.write_text(json.dumps(settings_of(config), indent=2) + "\n")
 
 
 def save_state(
-    config: PretrainConfig,
-    model: AudioMAE,
+    config: RunConfig,
+    model: Model,
     optimizer: torch.optim.Optimizer,
     *,
     epochs_done: int,
     steps_per_epoch: int,
+    best: dict[str, Any] | None = None,
 ) -> None:
     """Save the state of a run after an epoch, and its weights as safetensors.
 
@@ -81,6 +85,7 @@ def save_state(
         optimizer: Its optimiser.
         epochs_done: Epochs trained so far.
         steps_per_epoch: Steps that each of them took.
+        best: What is known of the best epoch so far, in plain values.
     """
     state = {
         "settings": settings_of(config),
@@ -89,6 +94,7 @@ def save_state(
         "optimizer": optimizer.state_dict(),
         "epochs_done": epochs_done,
         "steps_per_epoch": steps_per_epoch,
+        "best": best,
     }
     folder = config.output_dir
     with replacing(folder / LAST) as temporary:
@@ -99,9 +105,23 @@ def save_state(
     save_weights(folder / WEIGHTS, model)
 
 
+class Resumed(NamedTuple):
+    """Where a run goes on.
+
+    Attributes:
+        epochs_done: Epochs behind it.
+        best: What was known of the best epoch so far; None where nothing was.
+        notes: A line for each setting that has changed since.
+    """
+
+    epochs_done: int
+    best: dict[str, Any] | None
+    notes: list[str]
+
+
 def load_state(
-    path: Path, config: PretrainConfig, model: AudioMAE, optimizer: torch.optim.Optimizer, *, steps_per_epoch: int
-) -> tuple[int, list[str]]:
+    path: Path, config: RunConfig, model: Model, optimizer: torch.optim.Optimizer, *, steps_per_epoch: int
+) -> Resumed:
     """Load the state of a run into its model and optimiser. Settings of the optimiser stay as ``config`` has them.
 
     Args:
@@ -110,9 +130,6 @@ def load_state(
         model: Its model.
         optimizer: Its optimiser.
         steps_per_epoch: Steps that an epoch of it takes.
-
-    Returns:
-        The epochs that the state has behind it, and a line for each setting that has changed since.
 
     Raises:
         CheckpointError: The file is broken, not the state of a run, that of another model, or of epochs of another
@@ -151,7 +168,8 @@ def load_state(
         group.update(settings)
     compared = {k: v for k, v in settings_of(config).items() if k not in FREE_SETTINGS}
     changed = _differences(state["settings"], compared)
-    return state["epochs_done"], [f"changed since the checkpoint: {line}" for line in changed]
+    notes = [f"changed since the checkpoint: {line}" for line in changed]
+    return Resumed(state["epochs_done"], state.get("best"), notes)
 
 
 def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

@@ -1,5 +1,5 @@
 from collections import Counter
-from itertools import product
+from itertools import permutations, product
 
 import numpy as np
 import pytest
@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from audiomae.data import ClipBatches
-from audiomae.seeding import clip_generator, clip_seed, epoch_generator, mask_seeds
+from audiomae.data.sampling import EvaluationBatches
+from audiomae.seeding import clip_generator, clip_seed, epoch_generator, visit_seeds
 
 
 def batches_of(epoch: int = 0, **kwargs) -> list[list[tuple[int, int]]]:
@@ -124,21 +125,86 @@ def test_generators_are_independent():
     assert len(draws) == 5
 
 
-def test_mask_seeds():
+def test_visit_seeds():
     pairs = torch.tensor([[0, 1], [1, 0], [7, 2**40]])
-    seeds = mask_seeds(3, pairs)
+    seeds = visit_seeds(3, pairs, "mask")
     assert seeds.dtype == torch.int64
     assert seeds.tolist() == [clip_seed(3, epoch, clip, "mask") for epoch, clip in pairs.tolist()]
-    assert mask_seeds(3, pairs[:0]).shape == (0,)
+    assert visit_seeds(3, pairs[:0], "mask").shape == (0,)
 
 
 @pytest.mark.parametrize("pairs", [torch.zeros(2, dtype=torch.int64), torch.zeros(2, 3).long(), torch.zeros(4, 2)])
-def test_mask_seeds_of_no_pairs(pairs):
+def test_visit_seeds_of_no_pairs(pairs):
     with pytest.raises(ValueError, match=r"pairs must be int64 of shape \(B, 2\)"):
-        mask_seeds(0, pairs)
+        visit_seeds(0, pairs, "mask")
 
 
 @pytest.mark.parametrize("number", [2**63, 0.5])
 def test_seeds_of_no_integer(number):
     with pytest.raises(ValueError, match="must be integers of 64 bits"):
         clip_seed(number, 0, 0, "crop")
+
+
+WEIGHTS = np.array([1.0, 2.0, 4.0, 8.0, 16.0, 0.5, 0.5])
+
+
+def weighted(**settings) -> ClipBatches:
+    return ClipBatches(7, 3, seed=1, weights=WEIGHTS, epoch_clips=3, **settings)
+
+
+def drawn(batches: ClipBatches, epoch: int) -> list[int]:
+    batches.set_epoch(epoch)
+    return [clip for batch in batches for _, clip in batch]
+
+
+def test_weighted_epochs_hold_different_clips_in_proportion():
+    batches = weighted()
+    counts = np.zeros(7)
+    first = np.zeros(7)
+    for epoch in range(4000):
+        clips = drawn(batches, epoch)
+        assert len(set(clips)) == 3
+        counts[clips] += 1
+        first[clips[0]] += 1
+    # The chance of a clip by drawing three one after the other, each in proportion to what is left.
+    expected = np.zeros(7)
+    for order in permutations(range(7), 3):
+        chance, left = 1.0, WEIGHTS.sum()
+        for clip in order:
+            chance *= WEIGHTS[clip] / left
+            left -= WEIGHTS[clip]
+        expected[list(order)] += chance
+    np.testing.assert_allclose(counts / 4000, expected, atol=0.025)
+    # The heaviest clip comes no earlier within an epoch than others: it is in almost all, and first in a third of them.
+    np.testing.assert_allclose(first / counts, np.full(7, 1 / 3), atol=0.1)
+
+
+def test_weighted_epochs_are_the_same_on_any_number_of_ranks():
+    for epoch in (0, 5):
+        whole = drawn(weighted(), epoch)
+        shares = [drawn(weighted(rank=rank, world_size=3), epoch) for rank in range(3)]
+        assert [clip for share in shares for clip in share] == whole
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weights": WEIGHTS[:3]}, r"weights must have shape \(7,\), one for each clip, got \(3,\)"),
+        ({"weights": -WEIGHTS}, "weights must be positive, got -16.0"),
+        ({"epoch_clips": 8}, "an epoch of 8 different clips, but the manifest has 7"),
+        ({"epoch_clips": None}, "weights and epoch_clips must be given together"),
+        ({"epoch_clips": 2}, "batch of 3 clips, but an epoch has 2: take a smaller batch or more repeats"),
+    ],
+)
+def test_wrong_weights_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ClipBatches(7, 3, **{"weights": WEIGHTS, "epoch_clips": 3, **settings})
+
+
+@pytest.mark.parametrize(("clips", "world_size", "batch_size"), [(7, 1, 3), (7, 3, 2), (2, 3, 5), (8, 2, 4)])
+def test_evaluation_visits_every_clip_once(clips, world_size, batch_size):
+    ranks = [EvaluationBatches(clips, batch_size, rank, world_size) for rank in range(world_size)]
+    assert [len(batches) for batches in ranks] == [len(list(batches)) for batches in ranks]
+    lists = [batch for batches in ranks for batch in batches]
+    assert max(map(len, lists)) <= batch_size
+    assert sorted(pair for batch in lists for pair in batch) == [(0, clip) for clip in range(clips)]

@@ -9,8 +9,8 @@ import torch
 from audiomae import AudioMAE, AudioMAEConfig, PatchGrid
 from audiomae.recipes import PRETRAIN_RECIPES, pretrain_audioset
 from audiomae.training.config import PretrainConfig
-from audiomae.training.loop import draw_mask
 from audiomae.training.optimizer import build_adamw, cosine_lr
+from audiomae.training.pretrainer import draw_mask
 
 TINY = AudioMAEConfig(
     spec_size=(64, 32), embed_dim=16, depth=1, num_heads=2, decoder_dim=16, decoder_depth=2, decoder_heads=2

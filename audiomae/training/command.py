@@ -1,0 +1,147 @@
+"""What the training commands share: flags over a recipe, ranks that agree, processors, and how a run ends."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import tyro
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from audiomae.data import ClipError
+from audiomae.training.config import RunConfig, SetupError
+from audiomae.training.distributed import Ranks, is_main_process
+
+C = TypeVar("C", bound=RunConfig)
+T = TypeVar("T")
+
+
+def parse_run(
+    config_class: type[C],
+    recipes: dict[str, Callable[[str], C]],
+    arguments: Sequence[str] | None,
+    *,
+    prog: str,
+    description: str | None,
+) -> C:
+    """Read the command line: a first pass finds the recipe, a second one the flags over it.
+
+    Args:
+        config_class: What the flags set.
+        recipes: By name, each made from the name of a variant.
+        arguments: None is those of this process.
+        prog: How the command is called.
+        description: What ``--help`` says first.
+
+    Raises:
+        SetupError: An unknown recipe, variant or size.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", default="demo")
+    first.add_argument("--variant", default="paper")
+    first.add_argument("--size")
+    chosen, _ = first.parse_known_args(arguments)
+    if chosen.recipe not in recipes:
+        raise SetupError(f"recipe is {chosen.recipe!r}, expected one of {', '.join(recipes)}")
+    try:
+        config = recipes[chosen.recipe](chosen.variant)
+        if chosen.size is not None:
+            config = replace(config, size=chosen.size, model=config.model.resized(chosen.size))
+    except ValueError as error:
+        raise SetupError(str(error)) from error
+    return tyro.cli(
+        config_class,
+        default=config,
+        args=arguments,
+        prog=prog,
+        description=description,
+        console_outputs=is_main_process(),
+    )
+
+
+def agree(ranks: Ranks, build: Callable[[], T]) -> T:
+    """Build something on every rank. What is wrong on one of them, which may be on another machine, stops all.
+
+    Raises:
+        SetupError: What any rank found to be wrong.
+    """
+    built, error = None, None
+    try:
+        built = build()
+    except (ValueError, OSError) as caught:
+        error = str(caught)
+    errors = dict.fromkeys(text for text in ranks.gather(error) if text is not None)
+    if built is None or errors:
+        raise SetupError("; ".join(errors))
+    return built
+
+
+def agree_on_epoch(ranks: Ranks, epochs_done: int) -> None:
+    """Raise SetupError where ranks go on from different epochs."""
+    epochs = ranks.gather(epochs_done)
+    if len(set(epochs)) > 1:
+        raise SetupError(f"ranks go on from epochs {epochs}: expected one output folder that all machines share")
+
+
+def share_processors(workers: int | None, ranks: Ranks) -> int:
+    """Divide this rank's processors between reading and, on a CPU, computing.
+
+    Args:
+        workers: Reading workers that were asked for; None takes what fits.
+        ranks: This process among the others.
+
+    Returns:
+        The number of reading workers.
+    """
+    # A compute thread for every processor besides a reading worker would be one too many: OpenMP's threads wait for
+    # each other many times a step, and one that is not running holds up the rest. Two threads on two processors of
+    # which another process takes one train the demo at 7 clips/s, a single thread at 61.
+    processors = max(len(os.sched_getaffinity(0)) // ranks.local_world_size, 1)
+    if ranks.device.type == "cuda":
+        return min(max(processors - 1, 1), 8) if workers is None else workers
+    workers = min(processors - 1, 1) if workers is None else workers
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(processors - workers, 1))
+    return workers
+
+
+def make_loader(dataset: Dataset[Any], batches: Sampler[Any], ranks: Ranks, workers: int) -> DataLoader[Any]:
+    """Make the loader of a batch sampler, whose workers live as long as it does."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=ranks.device.type == "cuda",
+        # Workers draw nothing from it, but starting them would take a number from the generator that dropout uses.
+        generator=torch.Generator(),
+    )
+
+
+def run_command(prog: str, run: Callable[[], None]) -> None:
+    """Run a command; what is wrong with settings, data or checkpoints ends it with one line and exit status 2."""
+    try:
+        run()
+    except SetupError as error:  # the same on all ranks
+        if is_main_process():
+            print(f"{prog}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if is_main_process():
+            print(f"{prog}: interrupted; --resume auto goes on after the last saved epoch", file=sys.stderr)
+        sys.exit(130)
+
+
+def end_rank(prog: str, ranks: Ranks, error: Exception) -> NoReturn:
+    """Tell what ended this rank, and exit."""
+    # An error of a reading worker carries its traceback as text; the last line is the error itself.
+    reason = str(error).strip().splitlines()[-1].removeprefix(f"{ClipError.__module__}.{ClipError.__qualname__}: ")
+    where = f" (rank {ranks.rank})" if ranks.world_size > 1 else ""
+    print(f"{prog}: error{where}: {reason}", file=sys.stderr, flush=True)
+    if ranks.world_size > 1:
+        os._exit(2)  # an orderly exit could wait for the other ranks, which wait for this one
+    sys.exit(2)
