@@ -28,7 +28,7 @@ def in_audiomae(names: str) -> tuple[str, ...]:
     return tuple(f"audiomae.{name}" for name in names.split())
 
 
-ENTRY_POINTS = in_audiomae("pretrain finetune evaluate extract predict reconstruct")
+ENTRY_POINTS = in_audiomae("pretrain finetune evaluate extract predict reconstruct data.check")
 MODEL_SIDE = in_audiomae(
     "config grid masking positions encoder decoder model classifier frontend windows embedding checkpoints"
 )

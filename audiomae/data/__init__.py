@@ -1,7 +1,19 @@
-"""Audio in: manifests, clip reading, and the batches of a run."""
+"""Audio in: manifests, labels, data sets, clip reading, and the batches of a run."""
 
 from audiomae.data.clips import ClipDataset, ClipError, read_waveform
+from audiomae.data.labels import LabelError, Labels, read_labels
 from audiomae.data.manifests import Manifest, ManifestError, read_manifest
 from audiomae.data.sampling import ClipBatches
 
-__all__ = ["ClipBatches", "ClipDataset", "ClipError", "Manifest", "ManifestError", "read_manifest", "read_waveform"]
+__all__ = [
+    "ClipBatches",
+    "ClipDataset",
+    "ClipError",
+    "LabelError",
+    "Labels",
+    "Manifest",
+    "ManifestError",
+    "read_labels",
+    "read_manifest",
+    "read_waveform",
+]

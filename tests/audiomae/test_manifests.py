@@ -31,6 +31,60 @@ def test_a_manifest_gives_back_what_went_in(clips):
         manifest.path(len(clips))
 
 
+SECONDS = st.floats(0, 1e6, allow_nan=False)
+
+
+@given(st.lists(st.tuples(NAMES, st.lists(NAMES), SECONDS, st.none() | st.floats(1e-3, 1e6)), min_size=1), st.data())
+def test_a_manifest_of_parts_of_files(parts, data):
+    whole = data.draw(st.lists(st.booleans(), min_size=len(parts), max_size=len(parts)))
+    clips = [part[:2] if is_whole else part for part, is_whole in zip(parts, whole, strict=True)]
+    expected = [(0.0, None) if is_whole else part[2:] for part, is_whole in zip(parts, whole, strict=True)]
+    manifest = pickle.loads(pickle.dumps(Manifest(clips, root="")))
+    assert [manifest.segment(i) for i in range(len(manifest))] == expected
+    assert manifest.segment(-1) == expected[-1]
+    assert paths(manifest) == [path for path, *_ in parts]
+    with pytest.raises(IndexError):
+        manifest.segment(len(clips))
+
+    numbers = data.draw(st.lists(st.integers(0, len(parts) - 1), min_size=1))
+    chosen = manifest.select(iter(numbers))
+    assert [(chosen.path(i), chosen.labels(i), chosen.segment(i)) for i in range(len(chosen))] == [
+        (manifest.path(i), manifest.labels(i), manifest.segment(i)) for i in numbers
+    ]
+
+
+@pytest.mark.parametrize(
+    ("part", "reason"),
+    [
+        ((-0.5, 1.0), "clip 1: start is -0.5 s, expected at least 0"),
+        ((float("nan"), None), "clip 1: start is nan s, expected at least 0"),
+        ((float("inf"), None), "clip 1: start is inf s, expected at least 0"),
+        ((0.0, 0.0), r"clip 1: duration is 0\.0 s, expected more than 0"),
+        ((0.0, float("inf")), "clip 1: duration is inf s, expected more than 0"),
+    ],
+)
+def test_a_part_that_cannot_be_one(part, reason):
+    with pytest.raises(ManifestError, match=reason):
+        Manifest([("x.wav", ()), ("x.wav", (), *part)])
+
+
+def test_a_selection_of_nothing():
+    with pytest.raises(ManifestError, match="no clips"):
+        Manifest([("x.wav", ())]).select([])
+
+
+def test_joined_manifests(tmp_path):
+    first = Manifest([("x.wav", ("a",)), ("y.wav", ("b",), 1.0, 2.0)], root=tmp_path)
+    second = Manifest([("z.wav", ("a", "c"))], root=tmp_path / "sub")
+    for others in ([second], [first, second], []):
+        joined = Manifest.join([first, *others])
+        assert [(joined.path(i), joined.labels(i), joined.segment(i)) for i in range(len(joined))] == [
+            (manifest.path(i), manifest.labels(i), manifest.segment(i))
+            for manifest in (first, *others)
+            for i in range(len(manifest))
+        ]
+
+
 def test_a_manifest_of_nothing():
     with pytest.raises(ManifestError, match="no clips"):
         Manifest([])
@@ -104,6 +158,15 @@ def test_csv_labels_in_the_plural(tmp_path):
     assert [manifest.labels(clip) for clip in range(2)] == [("/m/a", "/m/b"), ()]
 
 
+def test_parts_of_files_in_a_csv(tmp_path):
+    rows = ["path,label, start ,duration", "x.wav,a,,", "x.wav,a,0.5,1", "x.wav,a, 2 ,", "x.wav,a,,0.25"]
+    (tmp_path / "a.csv").write_text("\n".join(rows) + "\n")
+    manifest = read_manifest(tmp_path / "a.csv")
+    assert [manifest.segment(i) for i in range(4)] == [(0.0, None), (0.5, 1.0), (2.0, None), (0.0, 0.25)]
+    (tmp_path / "a.csv").write_text("start,path\n3,x.wav\n")
+    assert read_manifest(tmp_path / "a.csv").segment(0) == (3.0, None)
+
+
 def test_a_json(tmp_path):
     data = [{"wav": name, "labels": "/m/a,/m/b"} for name in AWKWARD_NAMES] + [{"wav": "/x.wav", "labels": ""}]
     (tmp_path / "a.json").write_text(json.dumps({"data": data}))
@@ -129,6 +192,9 @@ def test_a_json_without_labels(tmp_path):
         ("a.csv", 'path,label\n"x.wav"y,a\n', r"a\.csv: line 2: "),
         ("a.csv", "path,label\nx.wav,a\n,a\n", r"a\.csv: clip 1: '' is no path"),
         ("a.csv", b"path\n\xff.wav\n", r"a\.csv: .* byte 0xff"),
+        ("a.csv", "path,start\nx.wav,0\ny.wav,0:05\n", r"a\.csv: line 3: start is '0:05', expected seconds"),
+        ("a.csv", "path,duration\nx.wav,1 s\n", r"a\.csv: line 2: duration is '1 s', expected seconds"),
+        ("a.csv", "path,duration\nx.wav,-1\n", r"a\.csv: clip 0: duration is -1\.0 s, expected more than 0"),
         ("a.json", "", r"a\.json: line 1, column 1: Expecting value"),
         ("a.json", '{"data": [\n  {"wav": }]}', r"a\.json: line 2, column 11: Expecting value"),
         ("a.json", "[1, 2]", r'a\.json: expected \{"data": \[\.\.\.\]\}, found \[1, 2\]'),
