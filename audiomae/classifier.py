@@ -1,13 +1,17 @@
 """The fine-tuned model: the encoder, the mean of its patch tokens, a norm and a linear head (arXiv 2207.06405, 3.3)."""
 
 from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
 import torch
 from mae_kernels import check_impl
 from torch import Tensor, nn
 
 from audiomae.config import EncoderConfig
+from audiomae.embedding import Embedding, embed
 from audiomae.encoder import LAYER_NORM_EPS, Encoder, drop_path_scales, init_layers
+from audiomae.hub import HubModel
 from audiomae.masking import PatchMask
 
 HEAD_STD = 2e-5
@@ -21,13 +25,15 @@ class AudioClassifierConfig(EncoderConfig):
     Attributes:
         num_classes: Classes.
         labels: A name for each class, in order; empty where they are not known.
-        multi_label: A clip can be of several classes, so that each has a sigmoid of its own; else softmax.
+        multi_label: A clip can be of several classes.
+        activation: Turns logits into probabilities: that of the loss that the model was trained with.
         drop_path: Stochastic depth in training: the probability that the last block drops a branch.
     """
 
     num_classes: int = 527
     labels: tuple[str, ...] = ()
     multi_label: bool = True
+    activation: Literal["sigmoid", "softmax"] = "sigmoid"
     drop_path: float = 0.0
 
     def __post_init__(self) -> None:
@@ -36,11 +42,13 @@ class AudioClassifierConfig(EncoderConfig):
         self.check_positive("num_classes")
         if self.labels and len(self.labels) != self.num_classes:
             raise ValueError(f"{len(self.labels)} labels for {self.num_classes} classes, expected one for each or none")
+        if self.activation not in ("sigmoid", "softmax"):
+            raise ValueError(f"activation is {self.activation!r}, expected 'sigmoid' or 'softmax'")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path is {self.drop_path}, expected 0 up to but not 1")
 
 
-class AudioClassifier(nn.Module):
+class AudioClassifier(nn.Module, HubModel, pipeline_tag="audio-classification"):
     """Classifies spectrograms. In training, masking drops tokens before the encoder and stochastic depth its branches.
 
     Args:
@@ -51,10 +59,12 @@ class AudioClassifier(nn.Module):
         ValueError: Sizes that do not go together, or an unknown ``impl``.
     """
 
+    config_class = AudioClassifierConfig
+
     def __init__(self, config: AudioClassifierConfig | None = None, impl: str = "auto"):
         super().__init__()
         check_impl(impl)
-        self.config = config = config or AudioClassifierConfig()
+        self.config = self._hub_mixin_config = config = config or AudioClassifierConfig()
         self.impl = impl
         self.grid = config.grid
         # Pooling comes before the norm, so the encoder has none of its own.
@@ -98,4 +108,13 @@ class AudioClassifier(nn.Module):
 
     def scores(self, logits: Tensor) -> Tensor:
         """Turn logits ``(B, num_classes)`` into probabilities, float32."""
-        return logits.float().sigmoid() if self.config.multi_label else logits.float().softmax(dim=-1)
+        return logits.float().sigmoid() if self.config.activation == "sigmoid" else logits.float().softmax(dim=-1)
+
+    def embed(
+        self, waveform: Tensor | np.ndarray, sample_rate: int, *, layer: int | None = None, batch_size: int = 16
+    ) -> Embedding:
+        """Embed audio of any length and sample rate; all as for :func:`audiomae.embedding.embed`.
+
+        ``model.head(model.fc_norm(embedding.clip))`` are the logits of a clip that fills the model's input.
+        """
+        return embed(self.config, self.encoder, waveform, sample_rate, layer=layer, batch_size=batch_size)

@@ -3,13 +3,16 @@
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from mae_kernels import check_impl, linear_masked_mse, masked_mse
 from torch import Tensor, nn
 
 from audiomae.config import EncoderConfig
 from audiomae.decoder import Decoder, DecoderKind
+from audiomae.embedding import Embedding, embed
 from audiomae.encoder import Encoder, init_layers
+from audiomae.hub import HubModel
 from audiomae.masking import PatchMask
 
 TARGET_EPS = 1e-6
@@ -67,7 +70,7 @@ class MAEOutput(NamedTuple):
     mask: Tensor
 
 
-class AudioMAE(nn.Module):
+class AudioMAE(nn.Module, HubModel, pipeline_tag="feature-extraction"):
     """Masked autoencoder: encodes the visible patches of a spectrogram and predicts the removed ones.
 
     Args:
@@ -79,10 +82,12 @@ class AudioMAE(nn.Module):
         ValueError: Sizes that do not go together, or an unknown ``impl``.
     """
 
+    config_class = AudioMAEConfig
+
     def __init__(self, config: AudioMAEConfig | None = None, impl: str = "auto"):
         super().__init__()
         check_impl(impl)
-        self.config = config = config or AudioMAEConfig()
+        self.config = self._hub_mixin_config = config = config or AudioMAEConfig()
         self.impl = impl
         self.grid = config.grid
         self.encoder = Encoder.from_config(config, impl=impl)
@@ -198,3 +203,9 @@ class AudioMAE(nn.Module):
         restored = self.grid.unpatchify(torch.where(output.mask[..., None], pred, patches))
         removed = self.grid.unpatchify(output.mask[..., None].to(spec.dtype).expand_as(patches)) > 0
         return torch.where(removed, restored, spec)
+
+    def embed(
+        self, waveform: Tensor | np.ndarray, sample_rate: int, *, layer: int | None = None, batch_size: int = 16
+    ) -> Embedding:
+        """Embed audio of any length and sample rate; all as for :func:`audiomae.embedding.embed`."""
+        return embed(self.config, self.encoder, waveform, sample_rate, layer=layer, batch_size=batch_size)

@@ -211,7 +211,9 @@ def undeclared(graph: ImportGraph) -> list[str]:
         optional = project.get("optional-dependencies", {})
         declared = {normalize(re.split(r"[^\w.-]", requirement)[0]) for requirement in project["dependencies"]}
         extras = {
-            normalize(re.split(r"[^\w.-]", requirement)[0]) for extra in EXTRAS for requirement in optional.get(extra, [])
+            normalize(re.split(r"[^\w.-]", requirement)[0])
+            for extra in EXTRAS
+            for requirement in optional.get(extra, [])
         }
         for found in graph.imports:
             name = found.target.partition(".")[0]
