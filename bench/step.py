@@ -1,13 +1,14 @@
-"""The pre-training step of ViT-B with the local decoder, as every benchmark of it runs it."""
+"""The training steps of ViT-B, as every benchmark runs them: pre-training with the local decoder, and fine-tuning."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from audiomae import AudioMAE, AudioMAEConfig, PatchMask
-from audiomae.training.optimizer import build_adamw
+from audiomae import AudioClassifier, AudioClassifierConfig, AudioMAE, AudioMAEConfig, PatchMask
+from audiomae.training.optimizer import build_adamw, build_layer_decayed_adamw
 
 
 class Step(NamedTuple):
@@ -19,7 +20,7 @@ class Step(NamedTuple):
         run: Draws masks, computes loss and gradients, and takes an optimiser step; does not wait for the device.
     """
 
-    model: AudioMAE
+    model: AudioMAE | AudioClassifier
     forward: Callable[[], Tensor]
     run: Callable[[], None]
 
@@ -55,9 +56,41 @@ def build_step(
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             return call(spec, mask).loss
 
+    return Step(model, forward, stepper(forward, optimizer))
+
+
+def build_finetuning_step(impl: str, device: torch.device, batch: int, dtype: torch.dtype, *, masked: bool) -> Step:
+    """Build a fine-tuning step of ViT-B on AudioSet's classes, with binary cross-entropy and drop path.
+
+    Args:
+        impl: Form of the operators.
+        device: Where it runs.
+        batch: Clips.
+        dtype: Of autocast; float32 is none.
+        masked: Drop 0.3 of the time steps and 0.3 of the frequencies.
+    """
+    torch.manual_seed(0)
+    model = AudioClassifier(AudioClassifierConfig(drop_path=0.1), impl=impl).to(device)
+    optimizer = build_layer_decayed_adamw(model, lr=1e-4, weight_decay=1e-4, betas=(0.9, 0.95), layer_decay=1.0)
+    spec = torch.randn(batch, 1, *model.config.spec_size, device=device)
+    target = torch.rand(batch, model.config.num_classes, device=device).round()
+    seeds = torch.arange(batch, device=device)
+
+    def forward() -> Tensor:
+        mask = PatchMask.time_frequency(seeds, model.grid, 0.3, 0.3) if masked else None
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = model(spec, mask, seeds)
+        return F.binary_cross_entropy_with_logits(logits.float(), target)
+
+    return Step(model, forward, stepper(forward, optimizer))
+
+
+def stepper(forward: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """Make a whole training step of a loss; it does not wait for the device."""
+
     def run() -> None:
         forward().backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    return Step(model, forward, run)
+    return run

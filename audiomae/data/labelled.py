@@ -143,9 +143,10 @@ class LabelledClips(Dataset[Example]):
         but one of each; the batch is masked where its spectrograms are made.
         """
         frames, mels = self.spec_size
-        # They draw from PyTorch's generator, which is left as it was.
+        # They draw from PyTorch's generator, which is left as it was. torch.manual_seed would also queue a seed and the
+        # stack of its caller for the GPU, which a reading process never uses.
         with torch.random.fork_rng(devices=()):
-            torch.manual_seed(clip_seed(self.seed, epoch, clip, "spec augment"))
+            torch.default_generator.manual_seed(clip_seed(self.seed, epoch, clip, "spec augment"))
             keep_frames = TimeMasking(self.augmentation.time_mask)(torch.ones(1, frames))
             keep_mels = FrequencyMasking(self.augmentation.frequency_mask)(torch.ones(mels, 1))
         return keep_frames[0].bool(), keep_mels[:, 0].bool()
