@@ -28,11 +28,11 @@ def in_audiomae(names: str) -> tuple[str, ...]:
     return tuple(f"audiomae.{name}" for name in names.split())
 
 
-ENTRY_POINTS = in_audiomae("pretrain finetune evaluate extract predict reconstruct data.check")
+ENTRY_POINTS = in_audiomae("pretrain finetune evaluate extract predict reconstruct export data.check")
 MODEL_SIDE = in_audiomae(
-    "config grid masking positions encoder decoder model classifier frontend windows embedding checkpoints"
+    "config grid masking positions encoder decoder model classifier frontend windows embedding hub checkpoints"
 )
-MODELS = in_audiomae("encoder decoder model classifier embedding checkpoints")
+MODELS = in_audiomae("encoder decoder model classifier embedding hub checkpoints")
 
 # (importers, what they must not import, why); a name stands for the module and everything below it
 ARROWS = [

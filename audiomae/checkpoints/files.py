@@ -1,11 +1,11 @@
-"""Checkpoint files: safe reading, from a path or the Hugging Face Hub, and atomic writing."""
+"""Checkpoint files: safe reading, from a file, a folder or the Hugging Face Hub, and atomic writing."""
 
 import argparse
 import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from audiomae.checkpoints.names import is_native, listed
+
 NATIVE_METADATA = "audiomae_config"
 """Metadata key of a native ``.safetensors`` file: JSON of the model's configuration."""
 NATIVE_MODEL, NATIVE_CONFIG = "model", "config"
@@ -21,6 +23,9 @@ NATIVE_MODEL, NATIVE_CONFIG = "model", "config"
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+HUB_CONFIG = "config.json"
+# Those of timm and transformers, which have the same name, lack them.
+HUB_CONFIG_KEYS = {"spec_size", "embed_dim"}
 STATE_KEYS = (NATIVE_MODEL, "state_dict")
 
 # What official files hold next to tensors. Paths, of any Python version, become ones that do no I/O.
@@ -40,30 +45,63 @@ class Contents(NamedTuple):
 
     Attributes:
         tensors: By name, as stored.
-        config: The configuration of a native file, not yet checked; None elsewhere.
+        config: The configuration in a native file or beside it, not yet checked; None elsewhere.
     """
 
     tensors: dict[str, Tensor]
     config: dict[str, Any] | None
 
 
-def read(path_or_hub_id: str | Path) -> Contents:
+def read(path_or_hub_id: str | Path, **hub_options: Any) -> Contents:
     """Read a safetensors or ``torch.save`` file, told apart by content, onto the CPU.
 
+    Tensors under our names that come without a configuration, in a file with a name of ``HUB_FILES``, take that of the
+    ``config.json`` beside it, which ``save_pretrained`` writes.
+
     Args:
-        path_or_hub_id: A file, or ``"organisation/name"`` of a repository on the Hugging Face Hub that has a
-            ``model.safetensors`` or ``pytorch_model.bin``.
+        path_or_hub_id: A file; a folder that has a ``model.safetensors`` or ``pytorch_model.bin``; or
+            ``"organisation/name"`` of a repository on the Hugging Face Hub that has one.
+        **hub_options: For ``huggingface_hub.hf_hub_download``, as ``revision`` and ``token``.
 
     Raises:
         FileNotFoundError: No such file.
         CheckpointError: Not to be had from the Hub, no checkpoint, corrupt, or holding other classes.
     """
-    path = _locate(path_or_hub_id)
-    if _head(path)[8:9] == b"{":
-        return _read_safetensors(path)
-    content = load_pickle(path)
-    state = next((content[key] for key in STATE_KEYS if key in content), content)
-    return _checked(path, state, content.get(NATIVE_CONFIG) if NATIVE_MODEL in content else None)
+    path, hub_id = Path(path_or_hub_id), None
+    if path.is_dir():
+        path = _find_weights(path)
+    elif not path.exists():
+        hub_id = _checked_hub_id(path_or_hub_id)
+        hub_options = {"local_files_only": False, **hub_options}
+        path = _download_weights(hub_id, hub_options)
+    contents = _read_file(path)
+    if contents.config is not None or path.name not in HUB_FILES or not any(map(is_native, contents.tensors)):
+        return contents
+    if hub_id is None:
+        config = path.with_name(HUB_CONFIG)
+        return contents._replace(config=_read_config(config) if config.is_file() else None)
+    downloaded = _download(hub_id, [HUB_CONFIG], hub_options)
+    return contents._replace(config=None if downloaded is None else _read_config(downloaded))
+
+
+def check_tensors(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> None:
+    """Check that tensors have all the expected names and shapes, and no other.
+
+    Raises:
+        CheckpointError: Missing or unknown tensors, or wrong shapes.
+    """
+    missing = [name for name in expected if name not in state]
+    unknown = [name for name in state if name not in expected]
+    wrong = [
+        f"{name} has shape {tuple(state[name].shape)}, expected {shape}"
+        for name, shape in expected.items()
+        if name in state and tuple(state[name].shape) != shape
+    ]
+    problems = [f"{len(missing)} missing tensors: {listed(missing)}"] if missing else []
+    problems += [f"{len(unknown)} unknown tensors: {listed(unknown)}"] if unknown else []
+    problems += [f"{len(wrong)} of a wrong shape: {listed(wrong)}"] if wrong else []
+    if problems:
+        raise CheckpointError("; ".join(problems))
 
 
 def load_pickle(path: Path) -> dict[str, Any]:
@@ -117,39 +155,74 @@ def _head(path: Path) -> bytes:
     return head
 
 
-def _locate(path_or_hub_id: str | Path) -> Path:
+def _find_weights(folder: Path) -> Path:
+    for filename in HUB_FILES:
+        if (folder / filename).is_file():
+            return folder / filename
+    raise CheckpointError(f"{folder} is a directory without {' or '.join(HUB_FILES)}, expected a checkpoint")
+
+
+def _checked_hub_id(path_or_hub_id: str | Path) -> str:
     path = Path(path_or_hub_id)
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a directory, expected a checkpoint file")
-    if path.exists():
-        return path
     looks_like_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_hub_id)) and path.suffix not in SUFFIXES
     if not looks_like_hub_id or path.parent.is_dir():
         raise FileNotFoundError(f"no such checkpoint: {path}")
-    return _download(str(path_or_hub_id))
+    return str(path_or_hub_id)
 
 
-def _download(hub_id: str) -> Path:
+def _download_weights(hub_id: str, options: dict[str, Any]) -> Path:
+    path = _download(hub_id, HUB_FILES, options)
+    if path is None:
+        raise CheckpointError(
+            f"{hub_id} is no file, and its repository on the Hugging Face Hub has no {' or '.join(HUB_FILES)}"
+        )
+    return path
+
+
+def _download(hub_id: str, filenames: Sequence[str], options: dict[str, Any]) -> Path | None:
+    """Download the first of these files that a repository has; None if it has none of them.
+
+    Raises:
+        CheckpointError: Nothing can be had from the repository.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    offline = False
     reason: Exception | None = None
-    for filename in HUB_FILES:
+    for filename in filenames:
         try:
-            return Path(hf_hub_download(hub_id, filename, local_files_only=offline))
+            return Path(hf_hub_download(hub_id, filename, **options))
         except LocalEntryNotFoundError as error:
             # The Hub was out of reach, after long retries: ask only the cache for the other name.
-            offline, reason = True, error
-        except EntryNotFoundError as error:
-            reason = error
+            options, reason = {**options, "local_files_only": True}, error
+        except EntryNotFoundError:
+            continue
         except (OSError, ValueError) as error:
             reason = error
             break
+    if reason is None:
+        return None
     first_line = str(reason).strip().partition("\n")[0]
     raise CheckpointError(
-        f"{hub_id} is no file, and its {' or '.join(HUB_FILES)} cannot be had from the Hugging Face Hub: {first_line}"
+        f"{hub_id} is no file, and its {' or '.join(filenames)} cannot be had from the Hugging Face Hub: {first_line}"
     ) from reason
+
+
+def _read_config(path: Path) -> dict[str, Any] | None:
+    """Read a ``config.json``; None if it is another library's."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no JSON: {error}") from error
+    return config if isinstance(config, dict) and config.keys() >= HUB_CONFIG_KEYS else None
+
+
+def _read_file(path: Path) -> Contents:
+    if _head(path)[8:9] == b"{":
+        return _read_safetensors(path)
+    content = load_pickle(path)
+    state = next((content[key] for key in STATE_KEYS if key in content), content)
+    return _checked(path, state, content.get(NATIVE_CONFIG) if NATIVE_MODEL in content else None)
 
 
 def _read_safetensors(path: Path) -> Contents:

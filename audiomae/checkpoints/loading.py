@@ -36,11 +36,13 @@ def load(path_or_hub_id: str | Path) -> tuple[AudioMAEConfig, dict[str, Tensor]]
     """Load a configuration and tensors under our names, on the CPU.
 
     The format is detected: a native file; an official Audio-MAE or image MAE, pre-trained or fine-tuned; a timm
-    ``VisionTransformer``. A native file stores its configuration; for others it is inferred, as
-    :func:`audiomae.checkpoints.shapes.infer_config` says. A classifier's ``head`` and ``fc_norm`` are left out.
+    ``VisionTransformer``. Native weights have their configuration in the file, or beside it in a ``config.json``; for
+    others it is inferred, as :func:`audiomae.checkpoints.shapes.infer_config` says. A classifier's ``head`` and
+    ``fc_norm`` are left out.
 
     Args:
-        path_or_hub_id: A file, or ``"organisation/name"`` on the Hugging Face Hub.
+        path_or_hub_id: A file; a folder with a ``model.safetensors`` or ``pytorch_model.bin``, as ``save_pretrained``
+            writes it; or ``"organisation/name"`` of such a repository on the Hugging Face Hub.
 
     Returns:
         The configuration, and a state dictionary that fits it. A file without a decoder gives ``encoder.*`` alone, and
@@ -90,17 +92,7 @@ def load_classifier(path_or_hub_id: str | Path, impl: str = "auto") -> AudioClas
         FileNotFoundError: No such file.
         CheckpointError: As for :func:`load`, or a file without a classifier.
     """
-    checkpoint = _open(path_or_hub_id)
-    config = checkpoint.classifier or _infer_classifier(path_or_hub_id, checkpoint)
-    state = {name: tensor for name, tensor in checkpoint.state.items() if name.startswith("encoder.")}
-    state = {name: tensor for name, tensor in state.items() if not name.startswith("encoder.norm.")} | checkpoint.head
-    try:
-        check_state(config, state)
-    except ValueError as error:
-        raise CheckpointError(f"{path_or_hub_id}: {error}") from error
-    model = AudioClassifier(config, impl)
-    model.load_state_dict(state)
-    return model
+    return _make_classifier(path_or_hub_id, _open(path_or_hub_id), impl)
 
 
 def load_encoder(path_or_hub_id: str | Path, impl: str = "auto") -> tuple[EncoderConfig, Encoder]:
@@ -117,11 +109,30 @@ def load_encoder(path_or_hub_id: str | Path, impl: str = "auto") -> tuple[Encode
         FileNotFoundError: No such file.
         CheckpointError: As for :func:`load`.
     """
+    return _make_encoder(_open(path_or_hub_id), impl)
+
+
+def load_classifier_or_encoder(
+    path_or_hub_id: str | Path, impl: str = "auto"
+) -> tuple[EncoderConfig, AudioClassifier | Encoder]:
+    """Load a file for its outputs: logits by a classifier if it has one, else tokens by an encoder.
+
+    Args:
+        path_or_hub_id: As for :func:`load`.
+        impl: Form of the operators.
+
+    Returns:
+        The configuration and what :func:`load_classifier` or :func:`load_encoder` makes.
+
+    Raises:
+        FileNotFoundError: No such file.
+        CheckpointError: As for :func:`load`, or a classifier that is incomplete.
+    """
     checkpoint = _open(path_or_hub_id)
-    config = EncoderConfig(**checkpoint.config.encoder_settings())
-    encoder = Encoder.from_config(config, final_norm="encoder.norm.weight" in checkpoint.state, impl=impl)
-    encoder.load_state_dict(_encoder_state(checkpoint))
-    return config, encoder
+    if not checkpoint.head:
+        return _make_encoder(checkpoint, impl)
+    model = _make_classifier(path_or_hub_id, checkpoint, impl)
+    return model.config, model
 
 
 def start_encoder(encoder: Encoder, path_or_hub_id: str | Path) -> list[str]:
@@ -186,6 +197,26 @@ def start_classifier(model: AudioClassifier, path_or_hub_id: str | Path, *, rese
         )
     model.load_state_dict(model.state_dict() | checkpoint.head)
     return [*notes, f"head of {config.num_classes} classes taken from the file"]
+
+
+def _make_classifier(path_or_hub_id: str | Path, checkpoint: Checkpoint, impl: str) -> AudioClassifier:
+    config = checkpoint.classifier or _infer_classifier(path_or_hub_id, checkpoint)
+    state = {name: tensor for name, tensor in checkpoint.state.items() if name.startswith("encoder.")}
+    state = {name: tensor for name, tensor in state.items() if not name.startswith("encoder.norm.")} | checkpoint.head
+    try:
+        check_state(config, state)
+    except ValueError as error:
+        raise CheckpointError(f"{path_or_hub_id}: {error}") from error
+    model = AudioClassifier(config, impl)
+    model.load_state_dict(state)
+    return model
+
+
+def _make_encoder(checkpoint: Checkpoint, impl: str) -> tuple[EncoderConfig, Encoder]:
+    config = EncoderConfig(**checkpoint.config.encoder_settings())
+    encoder = Encoder.from_config(config, final_norm="encoder.norm.weight" in checkpoint.state, impl=impl)
+    encoder.load_state_dict(_encoder_state(checkpoint))
+    return config, encoder
 
 
 def _infer_classifier(path_or_hub_id: str | Path, checkpoint: Checkpoint) -> AudioClassifierConfig:

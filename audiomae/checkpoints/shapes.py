@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from audiomae.checkpoints.files import CheckpointError
-from audiomae.checkpoints.names import listed
+from audiomae.checkpoints.files import CheckpointError, check_tensors
 from audiomae.classifier import AudioClassifier, AudioClassifierConfig
 from audiomae.config import ENCODER_SIZES, EncoderConfig
 from audiomae.grid import PatchGrid
@@ -94,18 +93,7 @@ def check_state(config: EncoderConfig, state: Mapping[str, Tensor]) -> None:
         expected = {name: shape for name, shape in expected.items() if name.startswith("encoder.")}
         if not any(name.startswith("encoder.norm.") for name in state):
             expected = {name: shape for name, shape in expected.items() if not name.startswith("encoder.norm.")}
-    missing = [name for name in expected if name not in state]
-    unknown = [name for name in state if name not in expected]
-    wrong = [
-        f"{name} has shape {tuple(state[name].shape)}, expected {shape}"
-        for name, shape in expected.items()
-        if name in state and tuple(state[name].shape) != shape
-    ]
-    problems = [f"{len(missing)} missing tensors: {listed(missing)}"] if missing else []
-    problems += [f"{len(unknown)} unknown tensors: {listed(unknown)}"] if unknown else []
-    problems += [f"{len(wrong)} of a wrong shape: {listed(wrong)}"] if wrong else []
-    if problems:
-        raise CheckpointError("; ".join(problems))
+    check_tensors(expected, state)
 
 
 def _shape(state: Mapping[str, Tensor], name: str, dims: int) -> tuple[int, ...]:
