@@ -1,5 +1,6 @@
 """The fine-tuned model: the encoder, the mean of its patch tokens, a norm and a linear head (arXiv 2207.06405, 3.3)."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -94,7 +95,11 @@ class AudioClassifier(nn.Module, HubModel, pipeline_tag="audio-classification"):
         Raises:
             ValueError: A spectrogram of another shape.
         """
-        return self.head(self.pool(spec, mask, seeds))
+        pooled = self.pool(spec, mask, seeds)
+        # Not in autocast's dtype: with 8 bits many scores would be equal, and metrics rank clips by them.
+        device = spec.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+            return self.head(pooled.to(self.head.weight.dtype))
 
     def pool(self, spec: Tensor, mask: PatchMask | None = None, seeds: Tensor | None = None) -> Tensor:
         """Encode and pool: the input of the head, ``(B, embed_dim)``. Arguments and errors as in :meth:`forward`."""

@@ -20,11 +20,10 @@ from rich.console import Console
 
 from audiomae.checkpoints import load_classifier
 from audiomae.classifier import AudioClassifier
-from audiomae.data import Manifest, read_manifest
+from audiomae.data import Labels, Manifest, read_labels
 from audiomae.data.labelled import LabelledClips
-from audiomae.data.labels import Labels, read_labels
 from audiomae.data.sampling import EvaluationBatches
-from audiomae.data.sets import read_task
+from audiomae.data.sets import read_labelled, read_task
 from audiomae.metrics import Evaluation, evaluate_scores, print_table, write_report
 from audiomae.training.command import agree, end_rank, make_loader, run_command, share_processors
 from audiomae.training.distributed import Ranks, is_main_process, join_ranks
@@ -69,6 +68,10 @@ class EvaluateConfig:
         """Check single settings."""
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}, expected at least 1")
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"workers is {self.workers}, expected at least 0")
+        if self.dataset == "manifest" and (self.fold is not None or self.split != "test"):
+            raise ValueError("fold and split are of data sets; with manifest, data names the clips themselves")
 
 
 def read_split(config: EvaluateConfig, model: AudioClassifier) -> tuple[Labels, Manifest]:
@@ -82,8 +85,10 @@ def read_split(config: EvaluateConfig, model: AudioClassifier) -> tuple[Labels, 
     if config.dataset == "manifest":
         if config.data is None:
             raise ValueError("data is not given, expected the clips to evaluate on")
+        if config.labels is None and not names:
+            raise ValueError(f"{config.checkpoint} does not name its classes, expected labels: a file that does")
         labels = Labels(names, names) if config.labels is None else read_labels(config.labels)
-        manifest = read_manifest(config.data)
+        manifest = read_labelled(Path(config.data))
     else:
         task = read_task(config.dataset, config.data, fold=config.fold, labels=config.labels)
         chosen = {"train": task.train, "valid": task.valid, "test": task.test}[config.split]
@@ -151,7 +156,7 @@ def run_evaluation(arguments: Sequence[str] | None) -> None:
             evaluation = evaluate(config, ranks)
             if ranks.main:
                 write_report(evaluation, config.output_dir)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             end_rank(PROG, ranks, error)
         if ranks.main:
             print_table(evaluation, Console())

@@ -12,6 +12,7 @@ with reports on the splits.
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,6 +33,7 @@ from audiomae.data.sets import ESC50_FOLDS, Task, read_task
 from audiomae.metrics import Evaluation, evaluate_scores, fold_summary, headline, write_report
 from audiomae.recipes import FINETUNE_RECIPES
 from audiomae.training.command import (
+    GOES_ON,
     agree,
     agree_on_epoch,
     end_rank,
@@ -40,17 +42,19 @@ from audiomae.training.command import (
     run_command,
     share_processors,
 )
-from audiomae.training.config import FinetuneConfig
+from audiomae.training.config import FinetuneConfig, SetupError
 from audiomae.training.distributed import Ranks, join_ranks
 from audiomae.training.finetuner import Finetuner, draw_mask, score_clips
 from audiomae.training.logging import NullLog, RunLog
 from audiomae.training.loop import autocast_dtype
 from audiomae.training.optimizer import build_layer_decayed_adamw
-from audiomae.training.state import find_checkpoint, load_state, save_settings, save_state
+from audiomae.training.state import LAST, Resumed, find_checkpoint, load_state, save_settings, save_state
 
 PROG = "audiomae.finetune"
 BEST_WEIGHTS = "weights-best.safetensors"
 RESULTS = "results.json"
+CHOOSE = ("select", "dataset", "data", "valid_data", "test_data", "labels")
+"""Settings that the value of an epoch depends on."""
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> FinetuneConfig:
@@ -134,8 +138,13 @@ def build(config: FinetuneConfig, ranks: Ranks) -> Run:
     )
     epochs_done, best = 0, None
     if resume_from is not None:
-        epochs_done, best, changes = load_state(resume_from, config, model, optimizer, steps_per_epoch=batches.steps)
-        notes += [f"resumed from {resume_from}, after epoch {epochs_done}", *changes]
+        resumed = load_state(resume_from, config, model, optimizer, steps_per_epoch=batches.steps)
+        epochs_done = resumed.epochs_done
+        notes += [f"resumed from {resume_from}, after epoch {epochs_done}", *resumed.notes]
+        if "fold" in resumed.changed:
+            raise ValueError(f"{resume_from} is of another fold: it was trained on clips that this one tests on")
+        best, note = carry_best(resume_from, resumed)
+        notes += note
 
     workers = share_processors(config.workers, ranks)
     loader = make_loader(clips(task.train, classes, augmentation=augmentation_of(config)), batches, ranks, workers)
@@ -144,7 +153,7 @@ def build(config: FinetuneConfig, ranks: Ranks) -> Run:
     for name, manifest in (("valid", task.valid), ("test", task.test)):
         if manifest is not None:
             share = EvaluationBatches(
-                len(manifest), max(config.batch_size // ranks.world_size, 1), ranks.rank, ranks.world_size
+                len(manifest), batches.batch_size // (ranks.world_size * batches.splits), ranks.rank, ranks.world_size
             )
             splits[name] = make_loader(
                 clips(manifest, task.labels.indices(manifest, single=not config.multi_label)), share, ranks, workers
@@ -179,9 +188,22 @@ def build_model(config: FinetuneConfig, task: Task) -> tuple[AudioClassifier, li
     return model, [f"starts from {config.checkpoint}", *notes]
 
 
+def carry_best(resume_from: Path, resumed: Resumed) -> tuple[dict[str, Any] | None, list[str]]:
+    """The best epoch so far, if its weights are at hand and it was chosen as this run chooses; and a note if not."""
+    if resumed.best is None:
+        return None, []
+    chosen_otherwise = [name for name in CHOOSE if name in resumed.changed]
+    # Beside a checkpoint that was kept, the weights may be those of a later epoch.
+    if resume_from.name == LAST and (resume_from.parent / BEST_WEIGHTS).exists() and not chosen_otherwise:
+        return {**resumed.best, "weights": str(resume_from.parent / BEST_WEIGHTS)}, []
+    reason = f"{', '.join(chosen_otherwise)} changed" if chosen_otherwise else "its weights are not at hand"
+    return None, [f"the best epoch until now, {resumed.best['epoch']}, is left out: {reason}"]
+
+
 def augmentation_of(config: FinetuneConfig) -> Augmentation:
     """The augmentation of a run's training clips."""
     return Augmentation(
+        gain=config.gain,
         roll=config.roll,
         mixup=config.mixup,
         mixup_alpha=config.mixup_alpha,
@@ -228,6 +250,9 @@ def train(config: FinetuneConfig, ranks: Ranks, run: Run, log: RunLog | NullLog)
         log.message(f"nothing to train: the {config.epochs} epochs of the run are done")
     elif ranks.main:
         save_settings(config)
+    if ranks.main and best is not None and Path(best["weights"]) != config.output_dir / BEST_WEIGHTS:
+        with replacing(config.output_dir / BEST_WEIGHTS) as temporary:
+            shutil.copyfile(best["weights"], temporary)
     log.start(
         total_steps=config.epochs * steps,
         first_step=run.epochs_done * steps,
@@ -236,15 +261,17 @@ def train(config: FinetuneConfig, ranks: Ranks, run: Run, log: RunLog | NullLog)
     )
     for epoch in range(run.epochs_done + 1, config.epochs + 1):
         trainer.run_epoch(epoch - 1, log)
-        last = epoch == config.epochs
+        last, improved = epoch == config.epochs, False
         if config.select != "last" and (last or epoch % config.eval_every == 0):
             name, value = headline(evaluate(run, config.select))
             log.evaluation(step=epoch * steps, epoch=epoch, **{f"{config.select} {name}": value})
             if best is None or not value <= best["value"]:  # also better than one that is no number
                 best = {"epoch": epoch, "value": value}
+                improved = True
                 if ranks.main:
                     save_weights(config.output_dir / BEST_WEIGHTS, trainer.model)
-        if ranks.main and (last or epoch % config.save_every == 0):
+        # With the weights of the best epoch goes the state that knows of them.
+        if ranks.main and (last or improved or epoch % config.save_every == 0):
             save_state(config, trainer.model, trainer.optimizer, epochs_done=epoch, steps_per_epoch=steps, best=best)
     ranks.barrier()
     report(config, ranks, run, best, log)
@@ -263,8 +290,9 @@ def report(config: FinetuneConfig, ranks: Ranks, run: Run, best: dict[str, Any] 
     last = {split: evaluation.summary() for split, evaluation in evaluations.items()}
     best_epoch = config.epochs if best is None else best["epoch"]
     if best_epoch != config.epochs:
-        chosen = load_classifier(config.output_dir / BEST_WEIGHTS, impl=run.trainer.model.impl)
-        run.trainer.model.load_state_dict(chosen.state_dict())
+        if ranks.main:  # the others may not see its folder
+            run.trainer.model.load_state_dict(load_classifier(config.output_dir / BEST_WEIGHTS).state_dict())
+        ranks.broadcast(run.trainer.model)
         evaluations = {split: evaluate(run, split) for split in run.splits}
     for split, evaluation in evaluations.items():
         name, value = headline(evaluation)
@@ -313,7 +341,7 @@ def summarise_folds(config: FinetuneConfig, folds: Sequence[int]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
-    run_command(PROG, partial(run_finetuning, arguments))
+    run_command(PROG, partial(run_finetuning, arguments), if_interrupted=GOES_ON)
 
 
 def run_finetuning(arguments: Sequence[str] | None) -> None:
@@ -327,6 +355,12 @@ def run_finetuning(arguments: Sequence[str] | None) -> None:
         if config.dataset != "esc50" or config.fold is not None:
             run_one(config, ranks)
             return
+        if config.resume not in (None, "auto"):
+            raise SetupError(
+                f"resume is {config.resume}, but five folds go on from five checkpoints: take auto, or a fold"
+            )
+        if (config.output_dir / LAST).exists():
+            raise SetupError(f"{config.output_dir} holds the run of a fold: choose another --output-dir for all five")
         for fold in ESC50_FOLDS:
             run_one(replace(config, fold=fold, output_dir=config.output_dir / f"fold-{fold}"), ranks)
         if ranks.main:
@@ -340,7 +374,7 @@ def run_one(config: FinetuneConfig, ranks: Ranks) -> None:
     try:
         with RunLog(config.output_dir) if ranks.main else NullLog() as log:
             train(config, ranks, run, log)
-    except (OSError, FloatingPointError) as error:
+    except (OSError, FloatingPointError, ValueError) as error:
         end_rank(PROG, ranks, error)
 
 

@@ -23,6 +23,7 @@ from audiomae.data import ClipBatches, ClipDataset, read_manifest
 from audiomae.model import AudioMAE
 from audiomae.recipes import PRETRAIN_RECIPES
 from audiomae.training.command import (
+    GOES_ON,
     agree,
     agree_on_epoch,
     end_rank,
@@ -203,7 +204,7 @@ def train(config: PretrainConfig, ranks: Ranks, run: Run, log: RunLog | NullLog)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
-    run_command(PROG, partial(run_pretraining, arguments))
+    run_command(PROG, partial(run_pretraining, arguments), if_interrupted=GOES_ON)
 
 
 def run_pretraining(arguments: Sequence[str] | None) -> None:

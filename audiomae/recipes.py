@@ -70,7 +70,7 @@ def finetune_audioset(variant: str = "paper") -> FinetuneConfig:
 
     Args:
         variant: ``"paper"``, or ``"released"``: batches of 256, a warm-up of 10 epochs, and the optimiser, layer-wise
-            decay, masking ratios and roll of the published code.
+            decay, masking ratios and gain of the published code, whose roll moves nothing.
 
     Raises:
         ValueError: Another variant.
@@ -110,8 +110,8 @@ def esc50(variant: str = "paper") -> FinetuneConfig:
     """Fine-tuning on ESC-50, fold by fold; errors as for :func:`finetune_audioset`.
 
     Args:
-        variant: ``"paper"``, or ``"released"``, which decays weights more and has the widths of SpecAugment's masks in
-            time and frequency exchanged.
+        variant: ``"paper"``, or ``"released"``: 50 epochs with a warm-up of 5, another optimiser, no patch dropped, and
+            the widths of SpecAugment's masks in time and frequency exchanged.
     """
     paper = FinetuneConfig(
         recipe="esc50",
@@ -130,7 +130,17 @@ def esc50(variant: str = "paper") -> FinetuneConfig:
     )
     if not _is_released(variant):
         return paper
-    return replace(_released(paper), weight_decay=0.05, time_mask=24, frequency_mask=96)
+    return replace(
+        _released(paper),
+        epochs=50,
+        warmup_epochs=5,
+        weight_decay=0.05,
+        mask_ratio_time=0.0,
+        mask_ratio_frequency=0.0,
+        gain=False,
+        time_mask=24,
+        frequency_mask=96,
+    )
 
 
 def spc1(variant: str = "paper") -> FinetuneConfig:
@@ -152,8 +162,13 @@ def spc1(variant: str = "paper") -> FinetuneConfig:
 
 
 def spc2(variant: str = "paper") -> FinetuneConfig:
-    """Fine-tuning on the 35 words of Speech Commands v2; variants and errors as for :func:`finetune_audioset`."""
-    paper = FinetuneConfig(
+    """Fine-tuning on the 35 words of Speech Commands v2.
+
+    Raises:
+        ValueError: A variant other than ``"paper"``: no settings were released for it.
+    """
+    _refuse_released("spc2", variant)
+    return FinetuneConfig(
         recipe="spc2",
         output_dir=Path("runs/spc2"),
         dataset="speech-commands-v2",
@@ -166,7 +181,6 @@ def spc2(variant: str = "paper") -> FinetuneConfig:
         frequency_mask=48,
         model=EncoderConfig(spec_size=(128, 128), mean=-6.846, std=5.565),
     )
-    return _released(paper) if _is_released(variant) else paper
 
 
 def voxceleb_sid(variant: str = "paper") -> FinetuneConfig:
@@ -230,6 +244,7 @@ def _released(paper: FinetuneConfig) -> FinetuneConfig:
         layer_decay=0.75,
         mask_ratio_time=0.2,
         mask_ratio_frequency=0.2,
+        gain=True,
         roll=False,
         model=replace(paper.model, position_grid="official"),
     )

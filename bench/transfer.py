@@ -44,7 +44,7 @@ PRETRAINING = {"epochs": 40, "warmup-epochs": 4, "batch-size": 32, "repeats": 1,
 FINETUNING = {"epochs": 20, "warmup-epochs": 2, "batch-size": 32, "repeats": 1, "eval-every": 2, "time-mask": 24}
 ARMS: dict[str, dict[str, object]] = {
     "fine-tune": {"base-lr": 4e-3},
-    "linear probe": {"base-lr": 3.2e-2, "freeze": True},
+    "linear probe": {"base-lr": 1.28e-1, "freeze": True},
     "from scratch": {"base-lr": 4e-3},
 }
 """Rates of ``--search``: the encoder's is the one with the highest accuracy on the validation instruments, summed over
@@ -62,11 +62,8 @@ def run(module: str, folder: Path, settings: dict[str, object]) -> float:
     """Run a command of the package on one processor, unless it has run before; return the seconds it took.
 
     Raises:
-        RuntimeError: The command fails.
+        RuntimeError: The command fails, or has run with other settings.
     """
-    done = folder / "seconds"
-    if done.exists():
-        return float(done.read_text())
     command = [
         sys.executable,
         "-m",
@@ -82,14 +79,20 @@ def run(module: str, folder: Path, settings: dict[str, object]) -> float:
     for name, value in settings.items():
         values = value if isinstance(value, tuple) else () if value is True else (value,)
         command += [f"--{name}", *map(str, values)]
+    record = folder / "command.json"
+    if record.exists():
+        earlier = json.loads(record.read_text())
+        if earlier["command"] != command[1:]:
+            raise RuntimeError(f"{folder} holds a run of other settings: choose another --out")
+        return earlier["seconds"]
     start = time.perf_counter()
     result = subprocess.run(
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
     )
     if result.returncode:
-        raise RuntimeError(f"{' '.join(command)}: {result.stderr.strip().splitlines()[-1]}")
-    seconds = time.perf_counter() - start
-    done.write_text(f"{seconds:.1f}\n")
+        raise RuntimeError(f"{' '.join(command)}: {result.stderr.strip() or result.returncode}")
+    seconds = round(time.perf_counter() - start, 1)
+    record.write_text(json.dumps({"command": command[1:], "seconds": seconds}) + "\n")
     return seconds
 
 
@@ -194,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "finetuning": FINETUNING,
         "arms": ARMS,
         "labelled clips": LABELLED_PER_INSTRUMENT * sum(1 for _ in instruments.programs["train"]),
-        "seconds": round(time.perf_counter() - start),
+        "pre-training seconds": seconds,
         **provenance(torch.device("cpu")),
     }
     (options.out / "transfer.json").write_text(json.dumps(written, indent=2) + "\n")

@@ -22,6 +22,7 @@ class Augmentation:
     """What happens to a clip in fine-tuning, in this order.
 
     Attributes:
+        gain: Multiply the clip by a draw of Beta(10, 10) + 0.5.
         roll: Rotate the clip by a uniform offset; of one that is longer than the input, take a uniform part first.
         mixup: Probability that the clip is mixed with another one of the data set, any as likely as any other.
         mixup_alpha: The clip's share, in waveform and labels, comes from Beta(alpha, alpha).
@@ -30,6 +31,7 @@ class Augmentation:
         frequency_mask: The same for mel bins.
     """
 
+    gain: bool = False
     roll: bool = False
     mixup: float = 0.0
     mixup_alpha: float = 10.0
@@ -125,11 +127,15 @@ class LabelledClips(Dataset[Example]):
 
     def _read(self, epoch: int, visit: int, clip: int) -> Tensor:
         """Read a clip for the visit of another or the same one."""
-        if not self.augmentation.roll:
-            return read_clip(self.manifest, clip, self.sample_rate, self.samples)
-        draw = clip_generator(self.seed, epoch, visit, "roll" if clip == visit else "partner roll")
-        waveform = read_clip(self.manifest, clip, self.sample_rate, self.samples, start=draw.random())
-        return waveform.roll(int(draw.integers(len(waveform))))
+        whose = "" if clip == visit else "partner "
+        roll = clip_generator(self.seed, epoch, visit, f"{whose}roll")
+        start = roll.random() if self.augmentation.roll else 0.0
+        waveform = read_clip(self.manifest, clip, self.sample_rate, self.samples, start=start)
+        if self.augmentation.roll:
+            waveform = waveform.roll(int(roll.integers(len(waveform))))
+        if self.augmentation.gain:
+            waveform = waveform * (clip_generator(self.seed, epoch, visit, f"{whose}gain").beta(10, 10) + 0.5)
+        return waveform
 
     def _target(self, clip: int) -> Tensor:
         target = torch.zeros(self.classes.num_classes)

@@ -4,7 +4,6 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -50,7 +49,7 @@ def parse_run(
     try:
         config = recipes[chosen.recipe](chosen.variant)
         if chosen.size is not None:
-            config = replace(config, size=chosen.size, model=config.model.resized(chosen.size))
+            config = config.resized(chosen.size)
     except ValueError as error:
         raise SetupError(str(error)) from error
     return tyro.cli(
@@ -109,6 +108,9 @@ def share_processors(workers: int | None, ranks: Ranks) -> int:
     return workers
 
 
+GOES_ON = "; --resume auto goes on after the last saved epoch"
+
+
 def make_loader(dataset: Dataset[Any], batches: Sampler[Any], ranks: Ranks, workers: int) -> DataLoader[Any]:
     """Make the loader of a batch sampler, whose workers live as long as it does."""
     return DataLoader(
@@ -122,8 +124,14 @@ def make_loader(dataset: Dataset[Any], batches: Sampler[Any], ranks: Ranks, work
     )
 
 
-def run_command(prog: str, run: Callable[[], None]) -> None:
-    """Run a command; what is wrong with settings, data or checkpoints ends it with one line and exit status 2."""
+def run_command(prog: str, run: Callable[[], None], *, if_interrupted: str = "") -> None:
+    """Run a command; what is wrong with settings, data or checkpoints ends it with one line and exit status 2.
+
+    Args:
+        prog: How the command is called.
+        run: What it does.
+        if_interrupted: What to tell of how to go on.
+    """
     try:
         run()
     except SetupError as error:  # the same on all ranks
@@ -132,7 +140,7 @@ def run_command(prog: str, run: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         if is_main_process():
-            print(f"{prog}: interrupted; --resume auto goes on after the last saved epoch", file=sys.stderr)
+            print(f"{prog}: interrupted{if_interrupted}", file=sys.stderr)
         sys.exit(130)
 
 

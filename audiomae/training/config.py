@@ -1,11 +1,14 @@
 """What a run is made of: the settings that all runs share, those of pre-training, and those of fine-tuning."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal, Self
 
 from audiomae.config import EncoderConfig
 from audiomae.model import AudioMAEConfig
+
+SMALL_BASE_LR = {2e-4: 5e-4, 1e-3: 2e-3}
+"""Base learning rates of ViT-S by those of ViT-B."""
 
 
 class SetupError(ValueError):
@@ -15,6 +18,9 @@ class SetupError(ValueError):
 @dataclass(frozen=True)
 class RunConfig:
     """Settings that every training run has. A recipe gives them all; flags change single ones."""
+
+    start_flag: ClassVar[str]
+    """Flag that names weights to start from, for messages."""
 
     recipe: str = "demo"
     """Recipe that gives the defaults."""
@@ -43,7 +49,7 @@ class RunConfig:
     min_lr: float = 1e-6
     """Learning rate at the end of the cosine."""
     weight_decay: float = 1e-4
-    """AdamW's decay of every parameter of two or more dimensions."""
+    """AdamW's decay of every parameter of two or more dimensions; in fine-tuning not of the class token."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay of its two moments."""
     clip_grad: float | None = None
@@ -101,6 +107,14 @@ class RunConfig:
             if value is not None and not value >= 0:
                 raise ValueError(f"{name} is {value}, expected at least 0")
 
+    def resized(self, size: str) -> Self:
+        """Change the encoder to a published size: tiny, small, base, large or huge.
+
+        Raises:
+            ValueError: Another size.
+        """
+        return replace(self, size=size, model=self.model.resized(size))
+
     @property
     def peak_lr(self) -> float:
         """Learning rate after warm-up."""
@@ -110,6 +124,8 @@ class RunConfig:
 @dataclass(frozen=True)
 class PretrainConfig(RunConfig):
     """Settings of a pre-training run."""
+
+    start_flag = "--init-from"
 
     output_dir: Path = Path("runs/pretrain")
     """Where log.jsonl, TensorBoard files, pictures and checkpoints go."""
@@ -150,6 +166,8 @@ class PretrainConfig(RunConfig):
 @dataclass(frozen=True)
 class FinetuneConfig(RunConfig):
     """Settings of a fine-tuning run."""
+
+    start_flag = "--checkpoint"
 
     output_dir: Path = Path("runs/finetune")
     """Where log.jsonl, TensorBoard files, checkpoints, and reports on the splits go."""
@@ -196,6 +214,8 @@ class FinetuneConfig(RunConfig):
 
     balanced_clips: int | None = None
     """Clips of an epoch, drawn without replacement, rare classes more often. None: each clip once."""
+    gain: bool = False
+    """Random gain of the released code: Beta(10, 10) + 0.5."""
     roll: bool = True
     """Roll each clip by a random offset; one longer than the input starts anywhere."""
     noise_db: float | None = None
@@ -219,11 +239,19 @@ class FinetuneConfig(RunConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 up to but not 1")
         if not 0 <= self.mixup <= 1:
             raise ValueError(f"mixup is {self.mixup}, expected a probability")
+        several = {"audioset": True, "audioset-20k": True, "manifest": self.multi_label}.get(self.dataset, False)
+        if self.multi_label != several:
+            raise ValueError(f"multi_label is {self.multi_label} with {self.dataset}, expected {several}")
+        if self.multi_label and self.loss == "ce":
+            raise ValueError("loss is ce with multi_label, expected bce: clips of several classes have no distribution")
         if self.layer_decay > 1:
             raise ValueError(f"layer_decay is {self.layer_decay}, expected at most 1")
         if self.balanced_clips is not None and self.repeats != 1:
             raise ValueError(
                 f"repeats is {self.repeats} with balanced_clips, expected 1: that sets what an epoch holds"
             )
-        if self.model.in_channels != 1:
-            raise ValueError(f"model.in_channels is {self.model.in_channels}, expected 1: clips are read as mono")
+
+    def resized(self, size: str) -> Self:
+        """Change the encoder to a published size; ViT-S fine-tunes at higher rates (arXiv 2207.06405)."""
+        base_lr = SMALL_BASE_LR.get(self.base_lr, self.base_lr) if size == "small" else self.base_lr
+        return replace(super().resized(size), base_lr=base_lr)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from audiomae.training.config import SetupError
 
@@ -46,6 +46,12 @@ class Ranks:
             dist.all_reduce(value)
             value /= self.world_size
         return value
+
+    def broadcast(self, module: nn.Module) -> None:
+        """Give every rank the parameters and buffers that the main one has."""
+        if self.world_size > 1:
+            for tensor in module.state_dict().values():
+                dist.broadcast(tensor, 0)
 
     def gather(self, value: Any) -> list[Any]:
         """Collect a picklable value of every rank, in the order of ranks, on all of them."""

@@ -131,7 +131,7 @@ def score_clips(
             spec = prepare(batch, front_end, ranks)
             with torch.autocast(ranks.device.type, precision, enabled=precision != torch.float32):
                 logits = model(spec)
-            clips.append(batch.pair[:, 1])
+            clips.append(batch.pair[:, 1].clone())  # a view would keep the shared memory of its worker open
             scores.append(model.scores(logits))
             targets.append(batch.target.bool())
     finally:

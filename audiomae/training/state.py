@@ -41,7 +41,9 @@ def find_checkpoint(config: RunConfig) -> Path | None:
     if chosen is not None and not chosen.is_file():
         raise FileNotFoundError(f"no checkpoint at {chosen}, expected a file that an earlier run saved")
     if chosen is not None and chosen.suffix == ".safetensors":
-        raise CheckpointError(f"{chosen} holds weights alone, expected a {LAST}: start from weights with --init-from")
+        raise CheckpointError(
+            f"{chosen} holds weights alone, expected a {LAST}: start from weights with {config.start_flag}"
+        )
     used = last.exists() or _has_lines(config.output_dir / LOG)
     if used and (chosen is None or chosen.resolve().parent != config.output_dir.resolve()):
         raise FileExistsError(
@@ -111,11 +113,13 @@ class Resumed(NamedTuple):
     Attributes:
         epochs_done: Epochs behind it.
         best: What was known of the best epoch so far; None where nothing was.
-        notes: A line for each setting that has changed since.
+        changed: Names of the settings that have changed since.
+        notes: A line for each of them.
     """
 
     epochs_done: int
     best: dict[str, Any] | None
+    changed: list[str]
     notes: list[str]
 
 
@@ -147,13 +151,17 @@ def load_state(
     for key, kind in kinds.items():
         if not isinstance(state.get(key), kind):
             raise CheckpointError(f"{path} is not the state of a run: it has no {key}")
-    other_model = _differences(state["config"], model.config.to_dict())
+    # Once, the input's statistics were settings of the run.
+    moved = {name: state["settings"][name] for name in ("sample_rate", "mean", "std") if name in state["settings"]}
+    other_model = _differences({**type(model.config)().to_dict(), **moved, **state["config"]}, model.config.to_dict())
     if other_model:
-        raise CheckpointError(f"{path} is the state of another model: {', '.join(other_model)}")
+        raise CheckpointError(f"{path} is the state of another model: {', '.join(other_model.values())}")
+    if state["epochs_done"] > config.epochs:
+        raise CheckpointError(f"{path} has {state['epochs_done']} epochs behind it, the run has {config.epochs} in all")
     if state["steps_per_epoch"] != steps_per_epoch:
         raise CheckpointError(
             f"{path} counts {state['steps_per_epoch']} steps an epoch, this run {steps_per_epoch}: "
-            "go on with the data, batch size and repeats of the checkpoint, or start anew with --init-from"
+            f"go on with the data, batch size and repeats of the checkpoint, or start anew with {config.start_flag}"
         )
     try:
         check_state(model.config, state["model"])
@@ -168,10 +176,10 @@ def load_state(
         group.update(settings)
     compared = {k: v for k, v in settings_of(config).items() if k not in FREE_SETTINGS}
     changed = _differences(state["settings"], compared)
-    notes = [f"changed since the checkpoint: {line}" for line in changed]
-    return Resumed(state["epochs_done"], state.get("best"), notes)
+    notes = [f"changed since the checkpoint: {line}" for line in changed.values()]
+    return Resumed(state["epochs_done"], state.get("best"), list(changed), notes)
 
 
-def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Tell which settings differ."""
-    return [f"{k} was {saved.get(k)}, is {wanted[k]}" for k in wanted if saved.get(k) != wanted[k]]
+def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> dict[str, str]:
+    """Tell which settings differ, by their names."""
+    return {k: f"{k} was {saved.get(k)}, is {wanted[k]}" for k in wanted if saved.get(k) != wanted[k]}

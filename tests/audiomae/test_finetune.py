@@ -20,6 +20,7 @@ from audiomae.checkpoints import load_classifier, save_weights
 from audiomae.data import check
 from audiomae.evaluate import main as evaluate
 from audiomae.finetune import build, main, parse_arguments
+from audiomae.training.config import FinetuneConfig
 from audiomae.training.distributed import join_ranks
 from audiomae.training.finetuner import draw_mask
 from tests.audiomae.miniatures import (
@@ -168,6 +169,48 @@ def test_resumed_run_ends_where_the_whole_run_ended(trained: Path, lists: list[s
             torch.testing.assert_close(tensor, expected.state_dict()[key], rtol=0, atol=0)
 
 
+def resume_elsewhere(trained: Path, output: Path, *flags: str) -> dict[str, Any]:
+    return finetune(output, *SMALL_INPUT, "--repeats", "12", "--resume", str(trained / "checkpoint-last.pt"), *flags)
+
+
+def test_a_run_resumed_into_another_folder_takes_its_best_epoch_along(
+    trained: Path, lists: list[str], tmp_path: Path
+) -> None:
+    results = resume_elsewhere(trained, tmp_path / "other", *lists, "--epochs", "4")
+    assert results == json.loads((trained / "results.json").read_text())
+
+
+def test_a_best_epoch_chosen_otherwise_is_left_out(
+    trained: Path, lists: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = resume_elsewhere(trained, tmp_path / "other", *lists, "--epochs", "4", "--select", "last")
+    best = json.loads((trained / "results.json").read_text())["best_epoch"]
+    assert f"the best epoch until now, {best}, is left out: select changed" in capsys.readouterr().err
+    assert (results["best_epoch"], results["chosen_on"]) == (4, "last")
+    assert results["best"] == results["last"]
+
+
+def test_a_fold_is_not_gone_on_with_from_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = make_esc50(tmp_path / "data")
+    flags = [*sizes(64), "--recipe", "esc50", "--data", str(root), "--time-mask", "16", "--batch-size", "8"]
+    finetune(tmp_path / "run", *flags, "--fold", "3")
+    last = str(tmp_path / "run" / "checkpoint-last.pt")
+    line = error_of(capsys, main, *flags, "--fold", "1", "--resume", last, "--output-dir", str(tmp_path / "other"))
+    assert "is of another fold: it was trained on clips that this one tests on" in line
+    line = error_of(capsys, main, *flags, "--output-dir", str(tmp_path / "run"))
+    assert "holds the run of a fold: choose another --output-dir for all five" in line
+
+
+def test_small_encoders_learn_at_their_own_rate() -> None:
+    rates = {
+        (recipe, size): parse_arguments(["--recipe", recipe, "--size", size]).base_lr
+        for recipe in ("finetune-audioset", "spc2")
+        for size in ("small", "base")
+    }
+    assert list(rates.values()) == [5e-4, 2e-4, 2e-3, 1e-3]
+    assert parse_arguments(["--recipe", "spc2", "--size", "small", "--base-lr", "1e-4"]).base_lr == 1e-4
+
+
 def test_accumulation_and_workers_do_not_change_the_run(trained: Path, lists: list[str], tmp_path: Path) -> None:
     flags = ["--accumulation", "2", "--workers", "2", "--repeats", "12"]
     finetune(tmp_path / "run", *lists, *SMALL_INPUT, "--epochs", "4", *flags)
@@ -274,9 +317,8 @@ def test_what_is_wrong_is_told_in_one_line(
     assert "fold is 7" in line
 
     weights = str(trained / "weights-best.safetensors")
-    line = error_of(
-        capsys, main, *base, "--recipe", "esc50", "--data", str(root), "--fold", "1", "--checkpoint", weights
-    )
+    esc50 = [*base, "--recipe", "esc50", "--data", str(root)]
+    line = error_of(capsys, main, *esc50, "--fold", "1", "--checkpoint", weights)
     assert "classifies 3 classes, expected 4: --reset-head starts with a new head" in line
 
     other = str(pretrained(tmp_path / "other.safetensors", embed_dim=128, num_heads=2))
@@ -287,12 +329,36 @@ def test_what_is_wrong_is_told_in_one_line(
     line = error_of(capsys, main, *base, "--dataset", "manifest", "--data", str(sounds))
     assert line.endswith("select is valid, but manifest has no valid split: take --select last")
 
+    line = error_of(capsys, main, *esc50, "--resume", "runs/fold-1/checkpoint-last.pt")
+    assert "resume is runs/fold-1/checkpoint-last.pt, but five folds go on from five checkpoints" in line
+    line = error_of(capsys, main, *base, *lists, "--resume", str(trained / "checkpoint-last.pt"))
+    assert line.endswith("has 4 epochs behind it, the run has 1 in all")
+    line = error_of(capsys, main, *base, *lists, "--resume", weights)
+    assert "start from weights with --checkpoint" in line
+
     line = error_of(capsys, evaluate, "--checkpoint", other, *out)
     assert "expected a classifier" in line
     line = error_of(capsys, evaluate, "--checkpoint", weights, "--dataset", "demo", "--split", "test", *out)
     assert "demo has no test split" in line
     line = error_of(capsys, evaluate, "--checkpoint", weights, "--dataset", "demo", "--split", "valid", *out)
     assert "has 3 classes, the data has 11" in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"multi_label": True, "dataset": "manifest", "loss": "ce"}, "loss is ce with multi_label, expected bce"),
+        ({"multi_label": True, "dataset": "esc50"}, "multi_label is True with esc50, expected False"),
+        ({"multi_label": False, "dataset": "audioset"}, "multi_label is False with audioset, expected True"),
+        ({"balanced_clips": 100, "repeats": 2}, "repeats is 2 with balanced_clips, expected 1"),
+        ({"layer_decay": 1.5}, "layer_decay is 1.5, expected at most 1"),
+        ({"mixup": 1.5}, "mixup is 1.5, expected a probability"),
+        ({"drop_path": 1.0}, "drop_path is 1.0, expected 0 up to but not 1"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FinetuneConfig(**settings)
 
 
 def test_a_new_head_on_request(trained: Path, tmp_path: Path) -> None:

@@ -75,6 +75,17 @@ def test_roll_rotates_a_part_of_the_clip(manifest: Manifest) -> None:
     assert len(offsets) > 4
 
 
+def test_gain_is_that_of_the_released_code(manifest: Manifest) -> None:
+    dataset, plain = clips(manifest, Augmentation(gain=True)), clips(manifest)
+    gains = []
+    for epoch in range(200):
+        gain = clip_generator(0, epoch, 1, "gain").beta(10, 10) + 0.5
+        gains.append(gain)
+        torch.testing.assert_close(dataset[epoch, 1].waveform, (plain[epoch, 1].waveform * gain).float())
+    assert 0.5 < min(gains) < max(gains) < 1.5
+    assert abs(np.mean(gains) - 1) < 0.03
+
+
 def test_mixup_mixes_waveforms_and_labels_alike(manifest: Manifest) -> None:
     dataset = clips(manifest, Augmentation(mixup=1.0))
     shares, partners = [], set()

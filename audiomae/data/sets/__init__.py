@@ -6,9 +6,21 @@ from pathlib import Path
 
 from audiomae.data.manifests import ManifestError
 from audiomae.data.sets import audioset, esc50, own, speech_commands, voxceleb
+from audiomae.data.sets.own import read_labelled
 from audiomae.data.sets.task import Part, Request, Survey, Task
 
-__all__ = ["DATA_SETS", "ESC50_FOLDS", "DataSet", "Part", "Request", "Survey", "Task", "read_task", "survey"]
+__all__ = [
+    "DATA_SETS",
+    "ESC50_FOLDS",
+    "DataSet",
+    "Part",
+    "Request",
+    "Survey",
+    "Task",
+    "read_labelled",
+    "read_task",
+    "survey",
+]
 
 ESC50_FOLDS = esc50.FOLDS
 

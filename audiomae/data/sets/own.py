@@ -19,14 +19,14 @@ def survey_manifest(request: Request) -> Survey:
     """
     sources = {"train": request.root, "valid": request.valid, "test": request.test}
     parts = tuple(
-        Part(name, _read_labelled(source), looked_for=False) for name, source in sources.items() if source is not None
+        Part(name, read_labelled(source), looked_for=False) for name, source in sources.items() if source is not None
     )
     manifests = [part.manifest for part in parts if part.manifest is not None]
     labels = Labels.of(*manifests) if request.labels is None else read_labels(request.labels)
     return Survey(request, labels, parts)
 
 
-def _read_labelled(source: Path) -> Manifest:
+def read_labelled(source: Path) -> Manifest:
     """Read a list; the first-level sub-folders of a folder are the classes of the clips in them."""
     if not source.is_dir():
         manifest = read_manifest(source)
