@@ -18,7 +18,7 @@ NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 @pytest.mark.parametrize(
     ("device", "batch", "dtype"),
-    [("cpu", 4, torch.float32), pytest.param("cuda", 64, torch.bfloat16, marks=NEEDS_GPU)],
+    [("cpu", 2, torch.float32), pytest.param("cuda", 64, torch.bfloat16, marks=NEEDS_GPU)],
 )
 def test_finetuning_step(benchmark: BenchmarkFixture, device: str, batch: int, dtype: torch.dtype) -> None:
     steps, facts = {}, {}
