@@ -76,6 +76,7 @@ class Run:
         splits: Loader of this rank's share of each split that is evaluated, by name.
         epochs_done: Epochs behind a resumed run.
         best: Epoch and value of the best one so far; None before any.
+        best_weights: Where its weights are, which may be the folder of the run that this one goes on from.
         notes: Lines that tell what the run is.
     """
 
@@ -84,6 +85,7 @@ class Run:
     splits: dict[str, DataLoader[Any]]
     epochs_done: int
     best: dict[str, Any] | None
+    best_weights: Path
     notes: list[str]
 
 
@@ -158,7 +160,9 @@ def build(config: FinetuneConfig, ranks: Ranks) -> Run:
             splits[name] = make_loader(
                 clips(manifest, task.labels.indices(manifest, single=not config.multi_label)), share, ranks, workers
             )
-    return Run(task, trainer, splits, epochs_done, best, [*describe(config, ranks, task, trainer), *notes])
+    best_weights = (config.output_dir if resume_from is None else resume_from.parent) / BEST_WEIGHTS
+    notes = [*describe(config, ranks, task, trainer), *notes]
+    return Run(task, trainer, splits, epochs_done, best, best_weights, notes)
 
 
 def build_model(config: FinetuneConfig, task: Task) -> tuple[AudioClassifier, list[str]]:
@@ -195,7 +199,7 @@ def carry_best(resume_from: Path, resumed: Resumed) -> tuple[dict[str, Any] | No
     chosen_otherwise = [name for name in CHOOSE if name in resumed.changed]
     # Beside a checkpoint that was kept, the weights may be those of a later epoch.
     if resume_from.name == LAST and (resume_from.parent / BEST_WEIGHTS).exists() and not chosen_otherwise:
-        return {**resumed.best, "weights": str(resume_from.parent / BEST_WEIGHTS)}, []
+        return resumed.best, []
     reason = f"{', '.join(chosen_otherwise)} changed" if chosen_otherwise else "its weights are not at hand"
     return None, [f"the best epoch until now, {resumed.best['epoch']}, is left out: {reason}"]
 
@@ -250,9 +254,9 @@ def train(config: FinetuneConfig, ranks: Ranks, run: Run, log: RunLog | NullLog)
         log.message(f"nothing to train: the {config.epochs} epochs of the run are done")
     elif ranks.main:
         save_settings(config)
-    if ranks.main and best is not None and Path(best["weights"]) != config.output_dir / BEST_WEIGHTS:
+    if ranks.main and best is not None and run.best_weights != config.output_dir / BEST_WEIGHTS:
         with replacing(config.output_dir / BEST_WEIGHTS) as temporary:
-            shutil.copyfile(best["weights"], temporary)
+            shutil.copyfile(run.best_weights, temporary)
     log.start(
         total_steps=config.epochs * steps,
         first_step=run.epochs_done * steps,
