@@ -33,9 +33,8 @@ from audiomae.checkpoints import load_encoder
 from audiomae.checkpoints.files import replacing
 from audiomae.data.windowed import ClipWindows, HeardClip, UnreadableClip, hear_clips, list_clips
 from audiomae.embedding import WindowEmbedder
-from audiomae.training.command import share_processors
-from audiomae.training.config import SetupError
-from audiomae.training.distributed import Ranks, join_ranks
+from audiomae.training.command import run_on_files, share_processors
+from audiomae.training.distributed import Ranks
 from audiomae.training.loop import autocast_dtype
 
 PROG = "audiomae.extract"
@@ -324,19 +323,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Wrong settings end it with one line and exit status 2. A clip that cannot be read is named in a line, the others are
     embedded, and the exit status is 1.
     """
-    try:
-        config = tyro.cli(ExtractConfig, args=arguments, prog=f"python -m {PROG}", description=__doc__)
-        with join_ranks(config.device) as ranks:
-            try:
-                failed = run(config, build(config, ranks))
-            except (ValueError, OSError) as error:
-                raise SetupError(str(error)) from error
-    except SetupError as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(1 if failed else 0)
+    parse = partial(tyro.cli, ExtractConfig, args=arguments, prog=f"python -m {PROG}", description=__doc__)
+    run_on_files(PROG, parse, lambda config, ranks: run(config, build(config, ranks)))
 
 
 if __name__ == "__main__":

@@ -29,9 +29,8 @@ from audiomae.classifier import AudioClassifier
 from audiomae.data.labels import read_labels
 from audiomae.data.windowed import ClipWindows, HeardClip, UnreadableClip, hear_clips, list_clips
 from audiomae.frontend import LogMel
-from audiomae.training.command import share_processors
-from audiomae.training.config import SetupError
-from audiomae.training.distributed import Ranks, join_ranks
+from audiomae.training.command import run_on_files, share_processors
+from audiomae.training.distributed import Ranks
 from audiomae.training.loop import autocast_dtype
 from audiomae.windows import Windows
 
@@ -271,19 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Wrong settings end it with one line and exit status 2. A file that cannot be read is named in a line, the others are
     told of, and the exit status is 1.
     """
-    try:
-        config = tyro.cli(PredictConfig, args=arguments, prog=f"python -m {PROG}", description=__doc__)
-        with join_ranks(config.device) as ranks:
-            try:
-                failed = run(config, build(config, ranks))
-            except (ValueError, OSError) as error:
-                raise SetupError(str(error)) from error
-    except SetupError as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(1 if failed else 0)
+    parse = partial(tyro.cli, PredictConfig, args=arguments, prog=f"python -m {PROG}", description=__doc__)
+    run_on_files(PROG, parse, lambda config, ranks: run(config, build(config, ranks)))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
 import tyro
@@ -12,10 +12,21 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from audiomae.data import ClipError
 from audiomae.training.config import RunConfig, SetupError
-from audiomae.training.distributed import Ranks, is_main_process
+from audiomae.training.distributed import Ranks, is_main_process, join_ranks
 
 C = TypeVar("C", bound=RunConfig)
 T = TypeVar("T")
+
+
+class FilesConfig(Protocol):
+    """Settings of a command that does one file after the other."""
+
+    @property
+    def device(self) -> str:
+        """Where to compute."""
+
+
+F = TypeVar("F", bound=FilesConfig)
 
 
 def parse_run(
@@ -142,6 +153,31 @@ def run_command(prog: str, run: Callable[[], None], *, if_interrupted: str = "")
         if is_main_process():
             print(f"{prog}: interrupted{if_interrupted}", file=sys.stderr)
         sys.exit(130)
+
+
+def run_on_files(prog: str, parse: Callable[[], F], run: Callable[[F, Ranks], int]) -> NoReturn:
+    """Run a command that does one file after the other, and exit.
+
+    Wrong settings end it with one line and exit status 2; files that fail, which ``run`` names, with exit status 1.
+
+    Args:
+        prog: How the command is called.
+        parse: Reads its settings, which have a ``device``.
+        run: Does all files, and returns how many of them failed.
+    """
+    try:
+        config = parse()
+        with join_ranks(config.device) as ranks:
+            try:
+                failed = run(config, ranks)
+            except (ValueError, OSError) as error:
+                raise SetupError(str(error)) from error
+    except SetupError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(1 if failed else 0)
 
 
 def end_rank(prog: str, ranks: Ranks, error: Exception) -> NoReturn:
