@@ -4,6 +4,10 @@ torchaudio's resampler multiplies each output by a whole period of the rate rati
 16 kHz 475 taps where 35 count, and for two rates without a common divisor a kernel of gigabytes. The taps of
 neighbouring outputs lie close together, so here a period's outputs are made in bands, each one matrix product: the same
 filter with fewer products, and tables of some megabytes at most.
+
+A matrix product adds in an order that depends on its number of threads, and a clip must not depend on the process that
+reads it. So the products are in float64 with taps in fixed point: of 16- and 24-bit sound every product and every sum
+is exact, and order makes no difference.
 """
 
 import math
@@ -14,6 +18,8 @@ import torch
 _ZERO_CROSSINGS = 6  # of the sinc, on each side
 _ROLLOFF = 0.99  # cut-off, relative to the lower Nyquist frequency
 _BAND = 128  # input samples between the first and the last output of a band
+# Taps are multiples of 2^-28, samples of 2^-23 (2^-24 as the mean of two channels): a sum within +-2 takes 53 bits.
+_TAP_SCALE = 2.0**28
 
 
 class Resampler:
@@ -44,9 +50,9 @@ class Resampler:
             time = (at - taps) * cutoff
             window = torch.cos(time * (math.pi / (2 * _ZERO_CROSSINGS))) ** 2
             filters = torch.sinc(time) * window * (cutoff / self._source)
-            # Zero, not the 1e-33 that the window rounds to at its ends: products with that are subnormal, and slow.
             filters[time.abs() >= _ZERO_CROSSINGS] = 0
-            self._bands.append((offset, filters.float().T.contiguous()))
+            filters = (filters * _TAP_SCALE).round() / _TAP_SCALE
+            self._bands.append((offset, filters.T.contiguous()))
 
     def length(self, frames: int) -> int:
         """Number of output samples of a clip of ``frames`` input samples."""
@@ -60,13 +66,14 @@ class Resampler:
 
     def __call__(self, samples: torch.Tensor, first: int, count: int) -> torch.Tensor:
         """Output samples [first, first + count), float32, from the input samples that ``span(first, count)`` names."""
+        samples = samples.double()
         periods = (samples.numel() - 2 * self._margin) // self._source
         bands = [
             samples[offset:].unfold(0, len(filters), self._source)[:periods] @ filters
             for offset, filters in self._bands
         ]
         skipped = first % self._target
-        return torch.cat(bands, dim=1).flatten()[skipped : skipped + count]
+        return torch.cat(bands, dim=1).flatten()[skipped : skipped + count].float()
 
 
 @lru_cache(maxsize=16)

@@ -109,6 +109,23 @@ def test_any_part_of_a_resampled_clip_equals_that_part_of_the_whole(tmp_path, ra
         torch.testing.assert_close(part, whole[first : first + count], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24"])
+@pytest.mark.parametrize("rate", RATES)
+def test_a_resampled_clip_depends_neither_on_threads_nor_on_where_it_is_cut(tmp_path, rate, subtype):
+    path = write(tmp_path / "a.wav", noise(rate * 2 + 1, channels=2), rate, subtype=subtype)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        whole = read_waveform(path, 16_000)
+        for more in (3, 8):
+            torch.set_num_threads(more)
+            torch.testing.assert_close(read_waveform(path, 16_000), whole, rtol=0, atol=0)
+            part = read_waveform(path, 16_000, start=0.5, duration=1.25)
+            torch.testing.assert_close(part, whole[8_000:28_000], rtol=0, atol=0)
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("rate", sorted(set(RATES) - {11_127, 96_001}))  # where torchaudio's kernel is of sane size
 def test_resampling_equals_torchaudio(tmp_path, rate):
     samples = noise(rate // 2 + 3)[:, 0]
