@@ -224,7 +224,7 @@ def table(rows: Sequence[Compiled]) -> str:
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser("python -m bench.compiled", description="Compile the kernels and read them.")
-    fused = [operator for operator in WORKLOADS if operator != "flash_attention"]
+    fused = [operator for operator in WORKLOADS if operator not in ("flash_attention", "local_block")]
     parser.add_argument("--operators", nargs="+", choices=fused, default=fused)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--out", type=Path, help="folder for compiled.json and compiled.md", default=RESULTS)

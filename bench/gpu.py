@@ -1,11 +1,12 @@
 """Everything that a machine with a GPU can tell, in one command of at most eight minutes.
 
     python -m bench.gpu --out DIR           # tests, every operator, the ViT-B training step, a profile
-    python -m bench.gpu --out DIR --full    # also float32, more batch sizes; takes as long as it takes
+    python -m bench.gpu --out DIR --full    # also float32, more batch sizes, autotuning; takes as long as it takes
 
-Needs torch, triton, timm, pytest and this source on the path (``PYTHONPATH=.:kernels``), nothing installed. An
-operator is timed only where it is right: within twice the error of its reference, and with no red test. Writes
-``results.json`` and ``results.md`` under DIR as it goes, and prints the latter at the end.
+Needs torch, triton, timm, pytest, pytest-benchmark and this source on the path (``PYTHONPATH=.:kernels``), nothing
+installed. It measures as ``pytest bench/`` does, but for the tests, the deadline and the profile. An operator is timed
+only where it is right: within twice the error of its reference, and with no red test. Writes ``rows.json``, for
+``python -m bench.report``, and ``results.md`` under DIR as it goes, and prints the latter at the end.
 """
 
 import argparse
@@ -17,20 +18,21 @@ from pathlib import Path
 
 import torch
 
+from bench.compare import Plan
 from bench.gpu_report import Report
-from bench.gpu_stages import (
-    measure_ceilings,
-    measure_operator,
-    measure_step,
-    profile_step,
-    run_tests,
-)
+from bench.gpu_stages import profile_step, run_tests
+from bench.inference_suite import measure_inference
+from bench.measure import ceiling_rows
+from bench.operator_suite import measure_operator
 from bench.operators import WORKLOADS
 from bench.provenance import provenance
+from bench.rows import Row
+from bench.step_suite import CONFIGS, measure_finetuning_step, measure_pretraining_step
 
 LIMIT_S = 8 * 60
-STEP_COMPILE_S = 75
-"""What compiling a training step may take: with less left, it is left out and the report says so."""
+STEP_S, STEP_COMPILE_S = 30, 150
+"""What measuring a training step may take, and with both forms compiled: with less left, it is left out and the report
+says so."""
 
 
 def main() -> None:
@@ -48,7 +50,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     report = measure(options)
     print(report.text())
-    sys.exit(1 if report.red or report.failures else 0)
+    sys.exit(1 if report.wrong else 0)
 
 
 def measure(options: argparse.Namespace) -> Report:
@@ -71,31 +73,40 @@ def measure(options: argparse.Namespace) -> Report:
             print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
         report.write()
 
-    stage("ceilings", lambda: measure_ceilings(report, device))
-    if options.tests:
-        stage("tests", lambda: run_tests(report, limit_s=1800 if options.full else 150))
+    def measured(name: str, call: Callable[[], list[Row]], needs_s: float = 5) -> None:
+        stage(name, lambda: report.rows.extend(call()), needs_s)
+
+    plan = Plan(full=options.full)
     precisions = [torch.bfloat16, torch.float32] if options.full else [torch.bfloat16]
     for dtype in precisions:
-        for operator in options.operators:
-            stage(
-                f"{operator}, {dtype}",
-                lambda o=operator, d=dtype: measure_operator(report, o, device, d, options.batch),
-            )
-    for compiled in (False, True):
-        for impl in ("reference", "auto"):
-            stage(
-                f"training step, {impl}{', compiled' if compiled else ''}",
-                lambda i=impl, c=compiled: measure_step(report, device, i, compiled=c, batch=options.step_batch),
-                needs_s=STEP_COMPILE_S if compiled else 20,
-            )
-    stage("profile", lambda: profile_step(report, device, batch=options.step_batch), needs_s=15)
+        measured(f"ceilings, {dtype}", lambda d=dtype: ceiling_rows(device, d, report.about))
+    if options.tests:
+        stage("tests", lambda: run_tests(report, limit_s=1800 if options.full else 150))
+
+    def operator(name: str, dtype: torch.dtype, batch: int) -> None:
+        red = next(iter(report.red_tests(name)), None)
+        measured(
+            f"{name}, {dtype}, batch {batch}",
+            lambda: measure_operator(plan, name, device, dtype, batch, fused_red=red, budget_s=1),
+        )
+
+    for dtype in precisions:
+        for name in options.operators:
+            operator(name, dtype, options.batch)
+    batch = options.step_batch
+    for task in CONFIGS if options.full else list(CONFIGS)[:1]:
+        measured(
+            f"training step of {task}",
+            lambda t=task: measure_pretraining_step(plan, device, batch, torch.bfloat16, task=t, budget_s=12),
+            needs_s=STEP_COMPILE_S,
+        )
+    stage("profile", lambda: profile_step(report, device, batch), needs_s=15)
+    measured("fine-tuning step", lambda: measure_finetuning_step(plan, device, 64, torch.bfloat16, budget_s=6), STEP_S)
+    measured("inference", lambda: measure_inference(plan, device, 64, torch.bfloat16, budget_s=3), STEP_S)
     if options.full:
         for batch in (8, 64, 256):
-            for operator in options.operators:
-                stage(
-                    f"{operator}, batch {batch}",
-                    lambda o=operator, b=batch: measure_operator(report, o, device, torch.bfloat16, b),
-                )
+            for name in options.operators:
+                operator(name, torch.bfloat16, batch)
     return report
 
 

@@ -1,25 +1,27 @@
-"""What benchmarks measure: time, memory, saved tensors."""
+"""What benchmarks measure besides time: memory, saved tensors, and what the device itself reaches."""
 
 import statistics
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from functools import cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from bench.rows import Row
+from bench.turns import Laps
 
 
-def saved_tensor_bytes(forward: Callable[[], Tensor], module: nn.Module) -> int:
+def saved_tensor_bytes(forward: Callable[[], object], existing: Iterable[Tensor]) -> int:
     """Bytes that autograd keeps between forward and backward.
 
     Args:
-        forward: Computes a loss.
-        module: Its parameters and buffers exist anyway and do not count.
+        forward: Computes something with a graph, and returns it.
+        existing: Tensors that exist anyway and do not count: arguments, parameters, buffers.
 
     Returns:
         Sum of the sizes of the distinct storages that are saved, each counted once however many views of it are saved.
     """
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
+    own = {tensor.untyped_storage().data_ptr() for tensor in existing}
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -29,52 +31,62 @@ def saved_tensor_bytes(forward: Callable[[], Tensor], module: nn.Module) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = forward()
+        result = forward()
     total = sum(saved.values())
-    del loss  # until here it keeps every saved storage alive, so that no address is used twice
+    del result  # until here it keeps every saved storage alive, so that no address is used twice
     return total
 
 
-def peak_memory_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """Highest memory in use while ``call`` runs: of the device, or of this process on a CPU (Linux)."""
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """Most bytes of PyTorch's allocator in use while ``call`` runs, above what was before."""
     if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         call()
-        return torch.cuda.max_memory_allocated(device)
-    # Writing 5 resets the high-water mark of the resident set (man 5 proc).
-    Path("/proc/self/clear_refs").write_text("5")
-    call()
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["VmHWM"].removesuffix("kB")) * 1024
-
-
-def time_quantiles(
-    call: Callable[[], object], device: torch.device, *, clear: Sequence[Tensor] = (), budget_ms: float = 200
-) -> tuple[float, float, float]:
-    """Time a call that has run before.
-
-    Args:
-        call: What to time.
-        device: Where it runs. A GPU is timed by its own events, with a cold L2 cache at every call.
-        clear: Tensors whose gradients are dropped before every call.
-        budget_ms: About how long to go on, in milliseconds.
-
-    Returns:
-        20th, 50th and 80th percentile in milliseconds.
-    """
-    if device.type == "cuda":
-        from triton.testing import do_bench
-
-        p20, p50, p80 = do_bench(
-            call, warmup=25, rep=budget_ms, grad_to_none=list(clear) or None, quantiles=[0.2, 0.5, 0.8]
-        )
-        return p20, p50, p80
-    times: list[float] = []
-    while len(times) < 3 or sum(times) < budget_ms:
-        for tensor in clear:
-            tensor.grad = None
-        start = time.perf_counter()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         call()
-        times.append(1e3 * (time.perf_counter() - start))
-    p20, *_, p80 = statistics.quantiles(times, n=5)
-    return p20, statistics.median(times), p80
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    peak = now = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@cache
+def _measure_ceilings(device: torch.device, dtype: torch.dtype, threads: int) -> tuple[float, float]:
+    large = device.type == "cuda"
+    source = torch.zeros((2**30 if large else 2**28) // 4, device=device)
+    target = torch.empty_like(source)
+    side = 8192 if large else 1536
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    laps = Laps(device, kernels=True)
+
+    def median_s(call: Callable[[], object]) -> float:
+        times = [laps.time(lambda turn, mark: call(), turn)["all"] for turn in range(9)]
+        return statistics.median(times[2:]) / 1e3
+
+    return 2 * source.nbytes / median_s(lambda: target.copy_(source)), 2 * side**3 / median_s(lambda: a @ b)
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Bytes a second that a copy reads and writes, and FLOPs a second of a square matrix product.
+
+    Measured once a process for each dtype and number of threads.
+    """
+    return _measure_ceilings(device, dtype, torch.get_num_threads())
+
+
+def ceiling_rows(device: torch.device, dtype: torch.dtype, about: dict[str, object]) -> list[Row]:
+    """Both ceilings as rows."""
+    copied, multiplied = measure_ceilings(device, dtype)
+    name = str(dtype).removeprefix("torch.")
+    copy, product = {"GB/s": copied / 1e9}, {"TFLOP/s": multiplied / 1e12}
+    return [
+        Row("ceilings", "copy", "torch", "torch", facts=copy, about=about),
+        Row("ceilings", "matrix product", "torch", "torch", dtype=name, facts=product, about=about),
+    ]

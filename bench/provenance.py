@@ -1,8 +1,12 @@
 """Where and with what a figure was measured."""
 
+import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -10,23 +14,42 @@ import torch
 
 def provenance(device: torch.device) -> dict[str, str | int]:
     """Device, threads, versions, commit and date, for every row of results."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        **({"driver": _driver()} if device.type == "cuda" else {}),
         "python": platform.python_version(),
-        "commit": commit or "unknown",
+        **{package: _version(package) for package in ("torch", "triton", "timm")},
+        "commit": _output(["git", "describe", "--always", "--dirty"]),
         "date": datetime.now(UTC).date().isoformat(),
     }
 
 
+@cache
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
+
+
+@cache
+def _driver() -> str:
+    """Version of the GPU's driver."""
+    return _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]).partition("\n")[0]
+
+
+def _output(command: Sequence[str]) -> str:
+    """What a command prints, or ``"unknown"``."""
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+@cache
 def _processor() -> str:
     """Name of the processor, as Linux tells it."""
     cpuinfo = Path("/proc/cpuinfo")

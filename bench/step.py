@@ -1,47 +1,79 @@
-"""The training steps of ViT-B, as every benchmark runs them: pre-training with the local decoder, and fine-tuning."""
+"""The training steps and the inference that benchmarks run, each on one batch of random spectrograms."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from audiomae import AudioClassifier, AudioClassifierConfig, AudioMAE, AudioMAEConfig, PatchMask
 from audiomae.training.optimizer import build_adamw, build_layer_decayed_adamw
+from bench.turns import Mark
+
+ALL = slice(None)
+
+Gradient = tuple[Tensor, Tensor]
+"""A loss, and the gradients of all parameters as one vector."""
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True)
+class Step:
     """A training step on one batch.
 
     Attributes:
         model: What is trained.
-        forward: Computes the loss under the masks of a batch.
-        run: Draws masks, computes loss and gradients, and takes an optimiser step; does not wait for the device.
+        loss: Computes the loss by ``loss(mark, clips)``; ``clips`` are those of the batch that count.
+        optimizer: Of the model's parameters.
+        inputs: The batch.
     """
 
-    model: AudioMAE | AudioClassifier
-    forward: Callable[[], Tensor]
-    run: Callable[[], None]
+    model: nn.Module
+    loss: Callable[[Mark, slice], Tensor]
+    optimizer: torch.optim.Optimizer
+    inputs: tuple[Tensor, ...]
+
+    def forward(self) -> Tensor:
+        """Compute the loss."""
+        return self.loss(lambda name: None, ALL)
+
+    def __call__(self, turn: int, mark: Mark) -> None:
+        """Draw masks, compute loss and gradients, and take an optimiser step; does not wait for the device."""
+        self.loss(mark, ALL).backward()
+        mark("encoder")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        mark("optimiser")
+
+    def gradient(self, clips: int | None = None) -> Gradient:
+        """Compute loss and gradients and train nothing.
+
+        Args:
+            clips: At a time, a divisor of the batch; all by default.
+        """
+        batch = len(self.inputs[0])
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        parts = [slice(i, i + (clips or batch)) for i in range(0, batch, clips or batch)]
+        losses, gradients = [], []
+        for part in parts:
+            loss = self.loss(lambda name: None, part)
+            found = torch.autograd.grad(loss, parameters)
+            losses.append(loss.detach())
+            gradients.append(torch.cat([gradient.flatten() for gradient in found]))
+        return sum(losses) / len(parts), sum(gradients) / len(parts)
 
 
-def build_step(
-    impl: str,
-    device: torch.device,
-    batch: int,
-    dtype: torch.dtype,
-    *,
-    compiled: bool = False,
-    config: AudioMAEConfig | None = None,
+def build_pretraining_step(
+    impl: str, device: torch.device, batch: int, dtype: torch.dtype, config: AudioMAEConfig | None = None
 ) -> Step:
-    """Build a step.
+    """Build a step of pre-training.
 
     Args:
         impl: Form of the operators.
         device: Where it runs.
         batch: Clips.
-        dtype: Of autocast; float32 is none.
-        compiled: Run the model through torch.compile.
+        dtype: Of autocast; float32 is none, and float64 makes the model itself float64.
         config: The model, ViT-B with the local decoder by default.
     """
     torch.manual_seed(0)
@@ -49,14 +81,17 @@ def build_step(
     optimizer = build_adamw(model, lr=1e-4, weight_decay=1e-4, betas=(0.9, 0.95))
     spec = torch.randn(batch, 1, *model.config.spec_size, device=device)
     seeds = torch.arange(batch, device=device)
-    call = torch.compile(model) if compiled else model
+    spec = _in_precision(model, spec, dtype)
 
-    def forward() -> Tensor:
-        mask = PatchMask.random(seeds, model.grid, ratio=0.8, impl=impl)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return call(spec, mask).loss
+    def loss(mark: Mark, clips: slice) -> Tensor:
+        mask = PatchMask.random(seeds[clips], model.grid, ratio=0.8, impl=impl)
+        mark("masks")
+        with autocast(device, dtype):
+            result = model(spec[clips], mask).loss
+        mark("loss")
+        return result
 
-    return Step(model, forward, stepper(forward, optimizer))
+    return Step(model, loss, optimizer, (spec, seeds))
 
 
 def build_finetuning_step(impl: str, device: torch.device, batch: int, dtype: torch.dtype, *, masked: bool) -> Step:
@@ -66,7 +101,7 @@ def build_finetuning_step(impl: str, device: torch.device, batch: int, dtype: to
         impl: Form of the operators.
         device: Where it runs.
         batch: Clips.
-        dtype: Of autocast; float32 is none.
+        dtype: As for :func:`build_pretraining_step`.
         masked: Drop 0.3 of the time steps and 0.3 of the frequencies.
     """
     torch.manual_seed(0)
@@ -75,22 +110,28 @@ def build_finetuning_step(impl: str, device: torch.device, batch: int, dtype: to
     spec = torch.randn(batch, 1, *model.config.spec_size, device=device)
     target = torch.rand(batch, model.config.num_classes, device=device).round()
     seeds = torch.arange(batch, device=device)
+    spec = _in_precision(model, spec, dtype)
 
-    def forward() -> Tensor:
-        mask = PatchMask.time_frequency(seeds, model.grid, 0.3, 0.3) if masked else None
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = model(spec, mask, seeds)
-        return F.binary_cross_entropy_with_logits(logits.float(), target)
+    def loss(mark: Mark, clips: slice) -> Tensor:
+        mask = PatchMask.time_frequency(seeds[clips], model.grid, 0.3, 0.3) if masked else None
+        mark("masks")
+        with autocast(device, dtype):
+            logits = model(spec[clips], mask, seeds[clips])
+        result = F.binary_cross_entropy_with_logits(logits, target[clips].to(logits.dtype))
+        mark("loss")
+        return result
 
-    return Step(model, forward, stepper(forward, optimizer))
+    return Step(model, loss, optimizer, (spec, target, seeds))
 
 
-def stepper(forward: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """Make a whole training step of a loss; it does not wait for the device."""
+def _in_precision(model: nn.Module, spec: Tensor, dtype: torch.dtype) -> Tensor:
+    """Make a model and its input float64, which is no autocast's."""
+    if dtype != torch.float64:
+        return spec
+    model.double()
+    return spec.double()
 
-    def run() -> None:
-        forward().backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
-    return run
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Autocast to bfloat16 or float16; float32 and float64 are none."""
+    return torch.autocast(device.type, dtype) if dtype in (torch.bfloat16, torch.float16) else nullcontext()

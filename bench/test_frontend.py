@@ -1,18 +1,22 @@
-"""``LogMel`` on a batch against torchaudio clip by clip, in pairs that take turns."""
+"""``LogMel`` on a batch against torchaudio clip by clip."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torchaudio.compliance import kaldi
 
 from audiomae.frontend import LogMel
-from bench.pairs import time_pairs
+from bench.compare import Plan, compare
 from bench.provenance import provenance
+from bench.rows import Row
+from bench.turns import Call, Laps, Mark
 
-ROUNDS = 15
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+TOLERANCE = 5e-6
+WAVEFORMS = 4
 
 
 def torchaudio_log_mel(waveform: Tensor) -> Tensor:
@@ -26,7 +30,15 @@ def torchaudio_log_mel(waveform: Tensor) -> Tensor:
     return torch.stack(clips)[:, None]
 
 
-@pytest.fixture(params=[1, 2])
+def find_error(actual: Tensor, expected: Tensor) -> str | None:
+    """What is wrong with a spectrogram, or None."""
+    if actual.shape != expected.shape:
+        return f"shape is {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    error = (actual - expected).abs().max().item()
+    return None if error <= TOLERANCE else f"off by {error:.2e}, expected at most {TOLERANCE:.0e}"
+
+
+@pytest.fixture
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -34,26 +46,43 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("seconds", [1, 10])
-@pytest.mark.parametrize("batch", [8, 64])
-def test_log_mel(benchmark: BenchmarkFixture, batch: int, seconds: int, threads: int) -> None:
-    waveform = torch.randn(batch, seconds * 16000, generator=torch.Generator().manual_seed(0)) / 3
-    log_mel = LogMel()
-    torch.testing.assert_close(log_mel(waveform), torchaudio_log_mel(waveform), rtol=0, atol=5e-6)
+def caller(front_end: Callable[[Tensor], Tensor], waveforms: Sequence[Tensor]) -> Call:
+    """Make a call that takes the waveforms of its turn."""
 
-    benchmark.group = f"log-mel of {batch} clips of {seconds} s, {threads} threads"
-    pairs = time_pairs(
-        benchmark, lambda: log_mel(waveform), lambda: torchaudio_log_mel(waveform), rounds=ROUNDS, warmup_rounds=2
-    )
-    benchmark.extra_info.update(
-        {
-            "operator": "LogMel",
-            "provider": "audiomae",
-            "shape": list(waveform.shape),
-            "dtype": "float32",
-            "baseline": "torchaudio",
-            "clips/s": round(batch / benchmark.stats.stats.median, 1),
-            **pairs,
-            **provenance(torch.device("cpu")),
-        }
-    )
+    def call(turn: int, mark: Mark) -> None:
+        front_end(waveforms[turn % len(waveforms)])
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("device", "batch", "seconds", "threads"),
+    [
+        ("cpu", 8, 1, 1),
+        ("cpu", 8, 10, 1),
+        ("cpu", 8, 10, 2),
+        ("cpu", 64, 10, 1),
+        pytest.param("cpu", 64, 10, 2, marks=pytest.mark.full),  # a minute where something else takes a processor
+        *[pytest.param("cuda", batch, 10, 1, marks=NEEDS_GPU) for batch in (64, 512)],
+    ],
+    indirect=["threads"],
+)
+def test_log_mel(plan: Plan, rows: list[Row], device: str, batch: int, seconds: int, threads: int) -> None:
+    if plan.short and device == "cpu" and batch > 8:
+        pytest.skip("a second for each round is not --short")
+    where = torch.device(device)
+    generator = torch.Generator().manual_seed(0)
+    waveforms = [torch.randn(batch, seconds * 16000, generator=generator).to(where) / 3 for _ in range(WAVEFORMS)]
+    log_mel = LogMel().to(where)
+    shape = {"batch": batch, "seconds": seconds} | ({"threads": threads} if device == "cpu" else {})
+    about = Row("front end", "log-mel", "LogMel", "torchaudio", shape=shape, about=provenance(where))
+    about.wrong = find_error(log_mel(waveforms[0]), torchaudio_log_mel(waveforms[0]))
+    if about.wrong:
+        rows.append(about)
+        pytest.fail(about.wrong)
+
+    forms: dict[str, Callable[[Tensor], Tensor]] = {"torchaudio": torchaudio_log_mel, "LogMel": log_mel}
+    calls = {provider: caller(form, waveforms) for provider, form in forms.items()}
+    for row in compare(plan, about, calls, Laps(where, kernels=False), budget_s=1.5):
+        assert row.p50_ms
+        rows.append(replace(row, facts={"clips/s": 1e3 * batch / row.p50_ms}))

@@ -1,6 +1,6 @@
-"""The stages of ``bench.gpu`` where they can run without a GPU: on a CPU, at small sizes."""
+"""``bench.gpu`` where it can run without a GPU: its stages on a CPU, what it makes of failures, and its page."""
 
-import json
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from audiomae import AudioMAEConfig
-from bench import accuracy
+from bench import gpu
 from bench.gpu_report import Report
-from bench.gpu_stages import measure_operator, measure_step, profile_step
-from bench.operators import WORKLOADS, Workloads
+from bench.gpu_stages import profile_step
+from bench.rows import Row, read_rows
 
 CPU = torch.device("cpu")
 TINY = AudioMAEConfig(
@@ -22,62 +22,79 @@ TINY = AudioMAEConfig(
 
 @pytest.fixture
 def report(tmp_path) -> Report:
-    report = Report(tmp_path, {"device": "a processor"})
-    report.ceilings = {"copy GB/s": 10.0, "bfloat16 TFLOP/s": 0.1, "float32 TFLOP/s": 0.1}
-    return report
+    return Report(tmp_path, {"device": "a processor", "threads": 1})
 
 
-def test_a_row_holds_times_ratios_and_the_floor(report):
-    measure_operator(report, "restore_tokens", CPU, torch.bfloat16, batch=1)
-    forward, both = report.operators
-    assert (forward["mode"], both["mode"]) == ("forward", "forward + backward")
-    for row in (forward, both):
-        assert row["over eager"] == pytest.approx(row["eager"] / row["fused"])
-        assert row["over compiled"] == pytest.approx(row["compiled"] / row["fused"])
-        assert row["fused p20"] <= row["fused"] <= row["fused p80"]
-    floor = WORKLOADS["restore_tokens"](Workloads(1, "cpu", torch.bfloat16)).forward
-    assert forward["floor"] == pytest.approx(floor.read_and_written / 10e9 * 1e3 / forward["fused"])
-
-
-def test_an_operator_with_a_red_test_is_not_timed(report):
-    report.red = ["tests/kernels/test_restore_tokens.py::test_equals_rows_one_by_one"]
-    measure_operator(report, "restore_tokens", CPU, torch.bfloat16, batch=1)
-    assert report.operators == [{"operator": "restore_tokens", "dtype": "bfloat16", "batch": 1, "error": report.red[0]}]
-
-
-def test_an_operator_that_is_wrong_is_not_timed(report, monkeypatch):
-    run = accuracy.run
-
-    def off_by_a_hundredth(workload, impl, dtype, exact=False):
-        return {what: x * (1.01 if impl == "auto" else 1) for what, x in run(workload, impl, dtype, exact).items()}
-
-    monkeypatch.setattr(accuracy, "run", off_by_a_hundredth)
-    measure_operator(report, "restore_tokens", CPU, torch.float32, batch=1)
-    assert "fused" not in report.operators[0]
-    assert report.operators[0]["error"].startswith("restore_tokens, auto, torch.float32: output 0 is off by ")
-    assert report.red
-
-
-@pytest.mark.parametrize("operator", WORKLOADS)
-@pytest.mark.parametrize("impl", ["torch", "auto"])
-def test_every_form_is_right_at_the_sizes_of_the_paper(operator, impl):
-    assert accuracy.find_errors(operator, impl, "cpu", torch.float32, batch=1) == []
-
-
-def test_a_step_and_its_profile_are_reported(report):
-    measure_step(report, CPU, "auto", compiled=False, batch=2, config=TINY)
+def test_a_profile_names_operators(report):
     profile_step(report, CPU, batch=2, config=TINY)
-    (row,) = report.steps
-    assert row["clips/s"] == pytest.approx(2e3 / row["ms"])
+    assert "aten::" in report.text()
+
+
+def test_the_page_holds_all_that_was_found_and_all_that_was_not(report):
+    report.rows = [
+        Row("steps", "ViT-B local", "fused", "reference", p50_ms=20.0, ratio=2.5, about=report.about),
+        Row("steps", "ViT-B local", "reference", "reference", wrong="loss is off by 1", about=report.about),
+    ]
+    report.tests, report.red = {"passed": 3, "failed": 1}, ["tests/kernels/test_mlp.py::test_a"]
     report.skip("something", "no time")
     report.fail("another", "Traceback: it broke")
     report.write()
     page = (report.folder / "results.md").read_text()
-    assert "| fused | False | 2 |" in page
-    assert "aten::" in page
+    for text in ("20.0 ms", "loss is off by 1", "3 passed, 1 failed", "RED: tests/kernels/test_mlp.py::test_a"):
+        assert text in page
     assert "Left out: something: no time." in page
     assert "it broke" in page
-    assert json.loads((report.folder / "results.json").read_text())["steps"] == report.steps
+    assert [row.provider for row in read_rows([report.folder / "rows.json"])] == ["fused", "reference"]
+
+
+def test_red_tests_of_an_operator_are_found_by_name(report):
+    report.red = ["tests/kernels/test_mlp.py::test_a", "tests/kernels/test_triton.py::test_b[restore_tokens]"]
+    assert report.red_tests("restore_tokens") == report.red[1:]
+    assert report.red_tests("random_mask") == []
+
+
+@pytest.mark.parametrize(
+    ("found", "wrong"),
+    [
+        ({}, False),
+        ({"red": ["a"]}, True),
+        ({"failures": {"a": "b"}}, True),
+        ({"rows": [Row("steps", "a", "fused", "reference", wrong="off")]}, True),
+        ({"rows": [Row("steps", "a", "fa3", "reference", absent="not installed")], "skipped": {"a": "b"}}, False),
+    ],
+)
+def test_what_makes_it_end_with_an_error(report, found, wrong):
+    vars(report).update(found)
+    assert report.wrong == wrong
+
+
+def test_a_stage_that_raises_ends_alone_and_the_deadline_leaves_the_rest_out(tmp_path, monkeypatch):
+    def measure(*args, **kwargs):
+        raise RuntimeError("no such kernel")
+
+    ran = []
+
+    def measure_step(*args, **kwargs):
+        ran.append(kwargs["task"])
+        return [Row("steps", kwargs["task"], "fused", "reference", p50_ms=1.0)]
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(gpu, "provenance", lambda device: {"device": "a GPU"})
+    monkeypatch.setattr(gpu, "ceiling_rows", lambda *args: [])
+    monkeypatch.setattr(gpu, "measure_operator", measure)
+    monkeypatch.setattr(gpu, "measure_pretraining_step", measure_step)
+    monkeypatch.setattr(gpu, "profile_step", measure)
+    monkeypatch.setattr(gpu, "measure_finetuning_step", measure)
+    monkeypatch.setattr(gpu, "measure_inference", lambda *args, **kwargs: [])
+    monkeypatch.setattr(gpu, "STEP_COMPILE_S", 1)
+    monkeypatch.setattr(gpu, "STEP_S", 10_000)
+    options = argparse.Namespace(out=tmp_path, full=False, tests=False, operators=["mlp"], batch=1, step_batch=1)
+    report = gpu.measure(options)
+    assert ran == ["ViT-B local"]
+    assert [row.task for row in report.rows] == ["ViT-B local"]
+    assert "no such kernel" in report.failures["mlp, torch.bfloat16, batch 1"]
+    assert set(report.skipped) == {"fine-tuning step", "inference"}
+    assert "it needs 10000" in report.skipped["inference"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")

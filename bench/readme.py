@@ -1,0 +1,180 @@
+"""The README's section of measured figures, made from rows so that none is typed by hand."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from os import PathLike
+
+from bench.rows import Row
+from bench.tables import (
+    describe_about,
+    describe_sizes,
+    describe_task,
+    format_fact,
+    format_mib,
+    format_number,
+    format_ratio,
+    format_share,
+    format_time,
+    main_rows,
+    markdown,
+    sizes_of,
+    together,
+)
+
+START, END = "<!-- performance -->", "<!-- /performance -->"
+COMMAND = "pytest bench/ --benchmark-only"
+REFERENCE, COMPILED, FUSED = "reference", "reference + compile", "fused"
+
+
+def fill(text: str, section: str, path: str | PathLike[str]) -> str:
+    """Put a section between the markers of a text, and leave the rest as it is.
+
+    Args:
+        text: Of the file.
+        section: What to put.
+        path: Names the file in errors.
+
+    Raises:
+        ValueError: The markers are not there, once each and in order.
+    """
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    if not start or not end or START in rest or END in before + after:
+        raise ValueError(f"{path} has not {START} once and {END} once after it, expected both around the figures")
+    return f"{before}{START}\n{section.strip()}\n{END}{after}"
+
+
+def performance_section(devices: Mapping[str, Sequence[Row]], links: Mapping[str, str], cost: str, command: str) -> str:
+    """Write the section.
+
+    Args:
+        devices: Rows by device.
+        links: From the README to each device's page.
+        cost: From the README to the page of costs.
+        command: What made the section.
+    """
+    parts = [
+        _filled(
+            "Providers take turns; a ratio is of two times in the same round, and above 1 is faster. Times and ratios "
+            "are medians, in brackets their 20th and 80th percentile. Ratios are over the baseline; over the compiled "
+            "reference the quotient of medians is given, and named so. Everything that was measured, with plots: "
+            f"{', '.join(f'[{name}]({link})' for name, link in links.items())}. "
+            f"[What pre-training on AudioSet would cost]({cost}) follows from the training step."
+        )
+    ]
+    for name, rows in devices.items():
+        parts += [f"### {name}", *_device(rows)]
+    parts.append(_filled(f"All figures of this section were written by `{command}`."))
+    return "\n\n".join(parts)
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def _device(rows: Sequence[Row]) -> list[str]:
+    commands = list(dict.fromkeys(str(row.about.get("command", COMMAND)) for row in rows))
+    parts = [_filled("; ".join(f"`{command}`" for command in commands) + f": {describe_about(rows)}.")]
+    main = together(main_rows(rows))
+    parts += _steps([row for row in main if row.suite == "steps"])
+    parts += _operators([row for row in main if row.suite == "operators"])
+    parts += _others([row for row in main if row.suite in ("fine-tuning", "inference", "front end", "loader")])
+    parts += [
+        f"{row.suite.capitalize()}, {describe_task(row)}: "
+        + ", ".join(f"{name} {format_fact(name, value)}" for name, value in row.facts.items())
+        + "."
+        for row in main
+        if row.suite == "training loop"
+    ]
+    return parts
+
+
+def _time(row: Row | None) -> str:
+    """A time, or why there is none; the page has the reason."""
+    if row is None:
+        return ""
+    return "wrong" if row.wrong else "absent" if row.absent else format_time(row)
+
+
+def _quotient(slow: Row | None, fast: Row | None) -> str:
+    """Of medians."""
+    both = slow is not None and fast is not None and slow.p50_ms and fast.p50_ms
+    return f"{slow.p50_ms / fast.p50_ms:.2f}x" if both else ""  # type: ignore[union-attr, operator]
+
+
+def _by_provider(rows: Sequence[Row]) -> dict[str, Row]:
+    return {row.provider: row for row in rows}
+
+
+def _steps(rows: Sequence[Row]) -> list[str]:
+    """The first model's step: the others are on the page."""
+    mine = [row for row in rows if (row.task, row.shape, row.dtype) == (rows[0].task, rows[0].shape, rows[0].dtype)]
+    if not mine:
+        return []
+    compiled = _by_provider(mine).get(COMPILED)
+    head = [f"training step of {describe_task(mine[0])}, {mine[0].dtype}", "time", f"over {mine[0].baseline}"]
+    head += [f"over {COMPILED} (quotient of medians)", "clips/s", "model FLOPs utilisation", "peak", "saved"]
+    lines = []
+    for row in mine:
+        used = row.facts.get("model FLOPs utilisation")
+        lines.append(
+            [
+                row.provider,
+                _time(row),
+                format_ratio(row),
+                _quotient(compiled, row),
+                format_number(row.facts["clips/s"]) if "clips/s" in row.facts else "",
+                "" if used is None else format_share(used),
+                format_mib(row.peak_mib),
+                format_mib(row.saved_mib),
+            ]
+        )
+    return [markdown(head, lines)]
+
+
+def _operators(rows: Sequence[Row]) -> list[str]:
+    """The lowest precision's largest batch: the others are on the page."""
+    if not rows:
+        return []
+    dtype, batch = max(((row.dtype, row.shape.get("batch", 0)) for row in rows), key=_preference)
+    mine = [row for row in rows if row.dtype == dtype and row.shape.get("batch", 0) == batch]
+    tasks: dict[str, list[Row]] = {}
+    for row in mine:
+        own = {name: size for name, size in row.shape.items() if name != "batch"}
+        tasks.setdefault(f"`{row.task}`, {describe_sizes(own)}" if own else f"`{row.task}`", []).append(row)
+    threads = sizes_of(mine[0]).get("threads")
+    where = f"batch {batch}, {dtype}" + (f", threads {threads}" if threads else "")
+    head = [f"operator, forward + backward, {where}", REFERENCE, COMPILED, FUSED]
+    head += [f"{FUSED} over {REFERENCE}", f"{FUSED} over {COMPILED} (quotient of medians)"]
+    lines = []
+    for task, same in tasks.items():
+        by_provider = _by_provider(same)
+        fused, compiled = by_provider.get(FUSED), by_provider.get(COMPILED)
+        times = [_time(by_provider.get(provider)) for provider in (REFERENCE, COMPILED, FUSED)]
+        lines.append([task, *times, format_ratio(fused) if fused else "", _quotient(compiled, fused)])
+    return [markdown(head, lines)]
+
+
+def _preference(case: tuple[str, int]) -> tuple[bool, int]:
+    return case[0] != "float32", case[1]
+
+
+def _others(rows: Sequence[Row]) -> list[str]:
+    """What is compared with one baseline each."""
+    lines = []
+    for row in rows:
+        if row.provider == row.baseline:
+            continue
+        theirs = [
+            other
+            for other in rows
+            if other.provider == row.baseline
+            and (other.suite, other.task, other.dtype) == (row.suite, row.task, row.dtype)
+            and sizes_of(other) == sizes_of(row)
+        ]
+        clips = format_number(row.facts["clips/s"]) if "clips/s" in row.facts else ""
+        what = f"{row.suite}: {describe_task(row)}, {row.dtype}"
+        baseline = _time(theirs[0] if theirs else None)
+        lines.append([what, row.provider, _time(row), clips, f"{row.baseline}: {baseline}", format_ratio(row)])
+    head = ["others", "provider", "time", "clips/s", "baseline", "ratio"]
+    return [markdown(head, lines)] if lines else []
