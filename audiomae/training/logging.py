@@ -29,8 +29,8 @@ class RunLog:
 
     A context manager: leaving it closes the files, and the display stays as it was. It writes
 
-    - ``log.jsonl``: one JSON object a logged step, with "step", "epoch", "loss", "lr", "clips_per_second", further
-      scalars, and "time" in seconds since 1970. Steps ascend. A number that is not finite becomes ``null``.
+    - ``log.jsonl``: one JSON object a logged step, with "step", "epoch", "loss", "lr", "clips_per_second", "waiting",
+      further scalars, and "time" in seconds since 1970. Steps ascend. A number that is not finite becomes ``null``.
     - ``evaluations.jsonl``: one JSON object an evaluation, with "step", "epoch", what it found, and "time".
     - ``tensorboard/``: the same scalars, and the pictures.
     - ``pictures/``: ``<tag>-epoch-0010.png``, or ``<tag>-step-0001234.png`` from within an epoch.
@@ -93,9 +93,26 @@ class RunLog:
         self._open.callback(self._display.close)
 
     def step(
-        self, *, step: int, epoch: float, loss: float, lr: float, clips_per_second: float, **scalars: float
+        self,
+        *,
+        step: int,
+        epoch: float,
+        loss: float,
+        lr: float,
+        clips_per_second: float,
+        waiting: float,
+        **scalars: float,
     ) -> None:
         """Log a step. Reading its loss waits for the device, so do this now and then only.
+
+        Args:
+            step: Its number.
+            epoch: The epoch that it is of.
+            loss: Mean since the last logged step.
+            lr: Learning rate.
+            clips_per_second: Of all ranks, since the last logged step.
+            waiting: Share of the time since then that the main rank waited for data, 0 to 1.
+            scalars: What else there is.
 
         Raises:
             TypeError: A value is not a Python number.
@@ -103,7 +120,8 @@ class RunLog:
         """
         if step <= self._last_step:
             raise ValueError(f"step is {step}, expected one after {self._last_step}, which is logged or resumed from")
-        values = {"epoch": epoch, "loss": loss, "lr": lr, "clips_per_second": clips_per_second, **scalars}
+        rates = {"clips_per_second": clips_per_second, "waiting": waiting}
+        values = {"epoch": epoch, "loss": loss, "lr": lr, **rates, **scalars}
         for name, value in values.items():
             if not isinstance(value, int | float):
                 raise TypeError(f"{name} is of {type(value)}, expected a Python number")
@@ -111,7 +129,7 @@ class RunLog:
         print(_record(step, values), file=self._file, flush=True)
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
-        texts = [f"loss {loss:.4f}", f"lr {lr:.2e}", f"{clips_per_second:,.0f} clips/s"]
+        texts = [f"loss {loss:.4f}", f"lr {lr:.2e}", f"{clips_per_second:,.0f} clips/s", f"waiting {waiting:.0%}"]
         self._display.step(step, "  ".join([*texts, *(f"{name} {value:.4g}" for name, value in scalars.items())]))
 
     def evaluation(self, *, step: int, epoch: int, **values: float) -> None:

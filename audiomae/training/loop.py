@@ -4,7 +4,7 @@ import inspect
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -44,6 +44,28 @@ class EpochResult(NamedTuple):
 
     loss: float
     scalars: dict[str, float]
+
+
+class _Waits:
+    """Iterates over a loader and adds up how long its items, the start of its workers included, are waited for.
+
+    Args:
+        loader: What to iterate over.
+
+    Attributes:
+        seconds: The sum; may be set back.
+    """
+
+    def __init__(self, loader: Iterable[Any]):
+        self.seconds = 0.0
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        start = time.perf_counter()
+        for item in self._loader:
+            self.seconds += time.perf_counter() - start
+            yield item
+            start = time.perf_counter()
 
 
 class Trainer(ABC):
@@ -99,6 +121,10 @@ class Trainer(ABC):
     def run_epoch(self, epoch: int, log: RunLog | NullLog) -> EpochResult:
         """Train for one epoch; nothing waits for the device but logged steps, and the last step is always logged.
 
+        The share of time that is logged as ``waiting`` is this process's, between logged steps, inside the loader. On a
+        GPU it bounds from above how long the device lacked data, for what is queued there goes on meanwhile. Where it
+        is another rank that lacks data, this one waits for its gradients instead, and only clips/s tells.
+
         Args:
             epoch: Its number, from 0.
             log: Where logged steps go.
@@ -114,7 +140,8 @@ class Trainer(ABC):
         recent_loss, recent_steps, recent_start = torch.zeros_like(epoch_loss), 0, time.perf_counter()
         logged_scalars: list[dict[str, float]] = []
         # The same iterator as often as a batch has micro-batches: zip takes the next one from it each time.
-        micro_batches = [iter(self.loader)] * self.config.accumulation
+        waits = _Waits(self.loader)
+        micro_batches = [iter(waits)] * self.config.accumulation
         for index, batch in enumerate(zip(*micro_batches, strict=True)):
             step = epoch * self.steps_per_epoch + index + 1
             logged = step % self.config.log_every == 0 or index + 1 == self.steps_per_epoch
@@ -130,16 +157,19 @@ class Trainer(ABC):
                 if not math.isfinite(average):
                     raise FloatingPointError(f"the loss is {average} at step {step} (epoch {epoch + 1})")
                 logged_scalars.append(dict(zip(names, others, strict=True)))
+                seconds = time.perf_counter() - recent_start
                 log.step(
                     step=step,
                     epoch=epoch + 1,
                     loss=average,
                     lr=lr,
-                    clips_per_second=recent_steps * self.config.batch_size / (time.perf_counter() - recent_start),
+                    clips_per_second=recent_steps * self.config.batch_size / seconds,
+                    waiting=waits.seconds / seconds,
                     **logged_scalars[-1],
                 )
                 epoch_loss += recent_loss
                 recent_loss, recent_steps, recent_start = torch.zeros_like(epoch_loss), 0, time.perf_counter()
+                waits.seconds = 0.0
             log.advance(step)
         average = self.ranks.mean(epoch_loss / self.steps_per_epoch).item()
         count = len(logged_scalars)

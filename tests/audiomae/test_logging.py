@@ -27,7 +27,7 @@ TOTAL = {"total_steps": 60, "steps_per_epoch": 20, "epochs": 3}
 
 
 def draw_values(generator: random.Random) -> dict[str, float]:
-    names = ("loss", "lr", "clips_per_second", "baseline_loss")
+    names = ("loss", "lr", "clips_per_second", "waiting", "baseline_loss")
     return {name: generator.lognormvariate(0, 3) for name in names}
 
 
@@ -67,13 +67,14 @@ def test_every_logged_step_is_a_line_at_once(tmp_path):
 def test_numbers_that_are_not_finite_become_null(tmp_path):
     with RunLog(tmp_path) as log:
         log.start(first_step=0, **TOTAL)
-        log.step(step=1, epoch=1, loss=math.nan, lr=0.1, clips_per_second=math.inf, norm=-math.inf)
+        log.step(step=1, epoch=1, loss=math.nan, lr=0.1, clips_per_second=math.inf, waiting=math.nan, norm=-math.inf)
 
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
 
     record = json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=refuse)
-    assert [record[name] for name in ("loss", "lr", "clips_per_second", "norm")] == [None, 0.1, None, None]
+    names = ("loss", "lr", "clips_per_second", "waiting", "norm")
+    assert [record[name] for name in names] == [None, 0.1, None, None, None]
 
 
 @pytest.mark.parametrize("resumed", [0, 20, 40, 60])
@@ -94,7 +95,7 @@ def test_a_resumed_record_is_one_record(tmp_path, capfd, resumed):
     assert f"dropped {dropped} line{'s' if dropped > 1 else ''} after step {resumed}\n" in capfd.readouterr().err
 
     events = read_tensorboard(tmp_path)
-    assert set(events.Tags()["scalars"]) == {"epoch", "loss", "lr", "clips_per_second", "baseline_loss"}
+    assert set(events.Tags()["scalars"]) == {"epoch", "loss", "lr", "clips_per_second", "waiting", "baseline_loss"}
     for name in events.Tags()["scalars"]:
         drawn = {event.step: event.value for event in events.Scalars(name)}
         assert drawn == {step: np.float32(values[name]) for step, values in expected.items()}
@@ -116,9 +117,9 @@ def test_steps_must_ascend(tmp_path, step):
     with RunLog(tmp_path) as log:
         log.start(first_step=10, **TOTAL)
         if step != 10:
-            log.step(step=15, epoch=1, loss=1.0, lr=1.0, clips_per_second=1.0)
+            log.step(step=15, epoch=1, loss=1.0, lr=1.0, clips_per_second=1.0, waiting=0.0)
         with pytest.raises(ValueError, match=f"step is {step}, expected one after {15 if step != 10 else 10}"):
-            log.step(step=step, epoch=1, loss=1.0, lr=1.0, clips_per_second=1.0)
+            log.step(step=step, epoch=1, loss=1.0, lr=1.0, clips_per_second=1.0, waiting=0.0)
 
 
 @pytest.mark.parametrize("value", [torch.ones(()), np.float32(1), "1", None])
@@ -126,7 +127,7 @@ def test_values_must_be_numbers(tmp_path, value):
     with RunLog(tmp_path) as log:
         log.start(first_step=0, **TOTAL)
         with pytest.raises(TypeError, match=r"norm is of .*, expected a Python number"):
-            log.step(step=1, epoch=1, loss=1.0, lr=1.0, clips_per_second=1.0, norm=value)
+            log.step(step=1, epoch=1, loss=1.0, lr=1.0, clips_per_second=1.0, waiting=0.0, norm=value)
     assert read_records(tmp_path) == []
 
 
@@ -163,7 +164,7 @@ def test_the_null_log_takes_the_same_calls(tmp_path, monkeypatch, capfd):
     with NullLog() as log:
         log.start(first_step=0, **TOTAL)
         log.message("text")
-        log.step(step=1, epoch=1, loss=1.0, lr=1.0, clips_per_second=1.0, norm=2.0)
+        log.step(step=1, epoch=1, loss=1.0, lr=1.0, clips_per_second=1.0, waiting=0.0, norm=2.0)
         log.advance(1)
         log.picture("tag", Figure(), 1)
     assert not list(tmp_path.iterdir())
@@ -196,7 +197,7 @@ def test_a_file_gets_a_line_now_and_then(tmp_path, capfd, clock):
         for step in range(1, 201):
             clock.now += 0.4
             if step % 5 == 0:
-                log.step(step=step, epoch=9, loss=step / 8, lr=2e-4, clips_per_second=1234.4, norm=0.25)
+                log.step(step=step, epoch=9, loss=step / 8, lr=2e-4, clips_per_second=1234.4, waiting=0.126, norm=0.25)
             log.advance(step)
     message, *lines = capfd.readouterr().err.splitlines()
     assert message == "a long line " * 20
@@ -211,7 +212,8 @@ def test_a_file_gets_a_line_now_and_then(tmp_path, capfd, clock):
         200,
     ]
     assert lines[-1] == (
-        "epoch 2/3  step 200/300  loss 25.0000  lr 2.00e-04  1,234 clips/s  norm 0.25  elapsed 0:01:20  ETA 0:00:40"
+        "epoch 2/3  step 200/300  loss 25.0000  lr 2.00e-04  1,234 clips/s  waiting 13%  norm 0.25"
+        "  elapsed 0:01:20  ETA 0:00:40"
     )
 
 
@@ -220,7 +222,7 @@ def test_the_last_logged_step_is_shown_when_the_log_closes(tmp_path, capfd, cloc
         with RunLog(tmp_path) as log:
             log.start(first_step=0, **TOTAL)
             for step in (1, 2, 3):
-                log.step(step=step, epoch=1, loss=1.0, lr=1.0, clips_per_second=1.0)
+                log.step(step=step, epoch=1, loss=1.0, lr=1.0, clips_per_second=1.0, waiting=0.0)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -279,7 +281,7 @@ def test_a_terminal_gets_a_bar(tmp_path, monkeypatch, capsys):
     with terminal(monkeypatch) as written, RunLog(tmp_path) as log:
         log.start(first_step=20, **TOTAL)
         for step in range(21, 45):
-            log.step(step=step, epoch=2, loss=step / 8, lr=2e-4, clips_per_second=1234.4)
+            log.step(step=step, epoch=2, loss=step / 8, lr=2e-4, clips_per_second=1234.4, waiting=0.126)
             log.advance(step)
             if step == 30:
                 log.message("[saved] a file")
@@ -292,7 +294,7 @@ def test_a_terminal_gets_a_bar(tmp_path, monkeypatch, capsys):
     assert re.fullmatch(r"epoch 2/3 [━╸╺ ]+ 20/60 0:00:0\d ETA -:--:--", lines[0])
     bar, values = [line for line in lines if line][-2:]
     assert re.fullmatch(r"epoch 3/3 [━╸╺ ]+ 44/60 0:00:0\d ETA 0:00:0\d", bar)
-    assert values == "loss 5.5000  lr 2.00e-04  1,234 clips/s"
+    assert values == "loss 5.5000  lr 2.00e-04  1,234 clips/s  waiting 13%"
 
 
 def test_nothing_heavy_is_loaded_before_it_is_needed(tmp_path):
@@ -305,7 +307,7 @@ heavy = {"matplotlib", "tensorboard", "torch.utils.tensorboard"}
 assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
 with RunLog("run") as log:
     log.start(total_steps=2, first_step=0, steps_per_epoch=1, epochs=2)
-    log.step(step=1, epoch=1, loss=1.0, lr=1.0, clips_per_second=1.0)
+    log.step(step=1, epoch=1, loss=1.0, lr=1.0, clips_per_second=1.0, waiting=0.0)
     assert "matplotlib" not in sys.modules
     from matplotlib.figure import Figure
     log.picture("tag", Figure(), 1)

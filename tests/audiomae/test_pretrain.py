@@ -50,7 +50,7 @@ def test_run_leaves_log_pictures_and_checkpoints(trained: Path) -> None:
     log = read_log(trained)
     assert [record["step"] for record in log] == list(range(1, 10))
     assert [record["epoch"] for record in log] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
-    assert all({"loss", "baseline_loss", "lr", "clips_per_second"} <= record.keys() for record in log)
+    assert all({"loss", "baseline_loss", "lr", "clips_per_second", "waiting"} <= record.keys() for record in log)
     assert log[-1]["loss"] < log[0]["loss"]
     assert (trained / "pictures" / "reconstruction-epoch-0003.png").stat().st_size > 10_000
     assert list((trained / "tensorboard").iterdir())

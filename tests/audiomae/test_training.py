@@ -1,14 +1,21 @@
-"""Optimiser, schedule, masks and the state of a run."""
+"""Optimiser, schedule, masks, the loop's share of time spent waiting for data, and the state of a run."""
 
 import math
+import time
 from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import DataLoader
 
 from audiomae import AudioMAE, AudioMAEConfig, PatchGrid
+from audiomae.data import ClipBatches
 from audiomae.recipes import PRETRAIN_RECIPES, pretrain_audioset
+from audiomae.training import loop
 from audiomae.training.config import PretrainConfig
+from audiomae.training.distributed import Ranks
+from audiomae.training.logging import NullLog
 from audiomae.training.optimizer import build_adamw, cosine_lr
 from audiomae.training.pretrainer import draw_mask
 
@@ -98,3 +105,107 @@ def test_released_variant_differs_where_the_code_does() -> None:
 def test_bad_settings_are_named(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PretrainConfig(**settings)  # type: ignore[arg-type]
+
+
+class Clock:
+    """Stands for the time module of the loop, with a time that passes where tests say so."""
+
+    def __init__(self) -> None:
+        self.now = 1e3
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class Log(NullLog):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, float]] = []
+
+    def step(self, **values: float) -> None:  # type: ignore[override]
+        self.records.append(values)
+
+
+class SlowLoader:
+    """Gives a micro-batch of one clip for each list of clips; starting, and then each of them, takes its time."""
+
+    def __init__(self, batches: ClipBatches, clock: Clock, starting: float, reading: float):
+        self.batches, self.clock, self.starting, self.reading = batches, clock, starting, reading
+
+    def __iter__(self):
+        self.clock.now += self.starting
+        return map(self.read, self.batches)
+
+    def read(self, pairs: list[tuple[int, int]]) -> torch.Tensor:
+        self.clock.now += self.reading
+        return torch.ones(len(pairs), 1)
+
+
+class SlowTrainer(loop.Trainer):
+    """Trains a matrix of one element; the loss of each micro-batch takes its time."""
+
+    clock = Clock()
+    computing = 0.0
+
+    def compute_loss(self, batch, *, logged):
+        self.clock.now += self.computing
+        return self.compiled(batch).mean(), {}
+
+
+def make_trainer(config: PretrainConfig, batches: ClipBatches, loader: object) -> SlowTrainer:
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    ranks = Ranks(rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
+    return SlowTrainer(config, ranks, model, optimizer, batches, loader)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize(("starting", "reading", "computing"), [(0, 0, 2), (8, 0, 2), (0, 3, 2), (8, 3, 2), (8, 3, 0)])
+def test_share_of_time_spent_waiting_for_data(
+    monkeypatch: pytest.MonkeyPatch, accumulation: int, starting: float, reading: float, computing: float
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(loop, "time", clock)
+    monkeypatch.setattr(SlowTrainer, "clock", clock)
+    monkeypatch.setattr(SlowTrainer, "computing", computing)
+    config = PretrainConfig(batch_size=3, accumulation=accumulation, log_every=2)
+    batches = ClipBatches(15, 3, splits=accumulation)
+    trainer = make_trainer(config, batches, SlowLoader(batches, clock, starting, reading))
+    log = Log()
+    for epoch in range(2):
+        trainer.run_epoch(epoch, log)
+        clock.now += 50  # a checkpoint is saved
+    # Epochs have 5 steps; every second step is logged, and the last of an epoch: 2, 4, 5 and 6, 8, 10. Each has
+    # `accumulation` micro-batches, and in the first one of an epoch the workers start.
+    assert [record["step"] for record in log.records] == [2, 4, 5, 6, 8, 10]
+    for steps, first, record in zip((2, 2, 1, 1, 2, 2), (1, 0, 0, 1, 0, 0), log.records, strict=True):
+        waited = first * starting + steps * accumulation * reading
+        seconds = waited + steps * accumulation * computing
+        assert record["waiting"] == pytest.approx(waited / seconds, rel=1e-12)
+        assert record["clips_per_second"] == pytest.approx(steps * 3 / seconds, rel=1e-12)
+
+
+class SlowClips:
+    """Clips that take 30 ms each."""
+
+    def __getitem__(self, index: tuple[int, int]) -> torch.Tensor:
+        time.sleep(0.03)
+        return torch.ones(1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_waiting_for_a_slow_loader(workers: int) -> None:
+    batches = ClipBatches(8, 2)
+    loader = DataLoader(SlowClips(), batch_sampler=batches, num_workers=workers)  # type: ignore[arg-type, var-annotated]
+    log = Log()
+    make_trainer(PretrainConfig(batch_size=2, log_every=1), batches, loader).run_epoch(0, log)
+    assert len(log.records) == 4
+    assert all(0.5 < record["waiting"] < 1 for record in log.records), log.records
+
+
+def test_an_epoch_averages_what_steps_give_and_no_more() -> None:
+    batches = ClipBatches(4, 2)
+    loader = SlowLoader(batches, Clock(), 0, 0)
+    result = make_trainer(PretrainConfig(batch_size=2), batches, loader).run_epoch(0, NullLog())
+    assert result.scalars == {}
