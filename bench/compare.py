@@ -39,7 +39,7 @@ class Plan:
     def run(self, turns: Turns, budget_s: float) -> None:
         """Warm up, then run rounds for about ``budget_s`` seconds."""
         round_ms = turns.warm_up()
-        rounds = 3 if self.short else int(min(max(1e3 * budget_s / round_ms, 7), 41))
+        rounds = 3 if self.short else int(min(max(1e3 * budget_s / round_ms, 5), 41))
         if self.pedantic is None:
             turns.run(rounds)
         else:

@@ -42,7 +42,7 @@ def measure_inference(
             model = AudioMAE(impl=impl).to(device).eval()
             model.load_state_dict(reference.state_dict())
             if suffix:
-                compile_blocks(model, mode)
+                compile_blocks(model, mode=mode)
             models[name + suffix] = model.encoder
     specs = [torch.randn(batch, 1, *reference.config.spec_size, device=device) for _ in range(4)]
 

@@ -58,7 +58,7 @@ def measure_operator(
     providers: Sequence[str] | None = None,
     compiled: bool = True,
     fused_red: str | None = None,
-    budget_s: float = 5,
+    budget_s: float = 4,
 ) -> list[Row]:
     """Measure an operator.
 

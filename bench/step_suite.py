@@ -97,7 +97,7 @@ def measure_pretraining_step(
     task: str = "ViT-B local",
     config: AudioMAEConfig | None = None,
     compiled: bool = True,
-    budget_s: float = 60,
+    budget_s: float = 40,
 ) -> list[Row]:
     """Measure the pre-training step of the reference and the fused form, each also under torch.compile.
 
@@ -119,7 +119,7 @@ def measure_pretraining_step(
         for suffix, mode in {"": None, **(plan.compiler_modes(device) if compiled else {})}.items():
             steps[name + suffix] = build_pretraining_step(impl, device, batch, dtype, config)
             if suffix:
-                compile_blocks(steps[name + suffix].model, mode)
+                compile_blocks(steps[name + suffix].model, mode=mode)
     with FlopCounterMode(display=False) as counter:
         plain = steps["reference"].gradient()
     about = Row(
@@ -142,7 +142,7 @@ def measure_pretraining_step(
 
 
 def measure_finetuning_step(
-    plan: Plan, device: torch.device, batch: int, dtype: torch.dtype, *, budget_s: float = 40
+    plan: Plan, device: torch.device, batch: int, dtype: torch.dtype, *, budget_s: float = 30
 ) -> list[Row]:
     """Measure the fine-tuning step with the paper's masking, 0.3 of time and of frequency, and on all patches."""
     masked = "masked 0.3/0.3"

@@ -49,10 +49,8 @@ def threads_restored() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("threads_restored")
-@pytest.mark.parametrize("provider", FLAGS)
+@pytest.mark.parametrize("provider", ["fused", pytest.param("reference", marks=pytest.mark.full)])
 def test_demo(plan: Plan, rows: list[Row], tmp_path: Path, provider: str) -> None:
-    if plan.short and provider == "reference":
-        pytest.skip("ten seconds for each form is not --short")
     config = demo()
     with join_ranks(config.device) as ranks:
         workers = share_processors(None, ranks)  # as the run does, so that provenance has its threads

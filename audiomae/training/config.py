@@ -60,7 +60,7 @@ class RunConfig:
     fused: bool = False
     """Take the fastest form at hand of each operator instead of plain PyTorch."""
     compile: bool = False
-    """Run the model through torch.compile."""
+    """Compile the transformer blocks with torch.compile."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Autocast: auto is bf16 on GPUs and fp32 on CPUs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -86,7 +86,7 @@ class Finetuner(Trainer):
         spec = prepare(batch, self.front_end, self.ranks)
         mask = draw_mask(self.config, self.model.grid, seeds)
         with self.autocast():
-            logits = self.compiled(spec, mask, drop_path_seeds)
+            logits = self.replica(spec, mask, drop_path_seeds)
         target = self.ranks.send(batch.target)
         if self.config.loss == "bce":
             return F.binary_cross_entropy_with_logits(logits.float(), target), {}

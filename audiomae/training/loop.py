@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from audiomae.data import ClipBatches
 from audiomae.seeding import clip_seed
+from audiomae.training.compiling import compile_blocks
 from audiomae.training.config import RunConfig
 from audiomae.training.distributed import Ranks
 from audiomae.training.logging import NullLog, RunLog
@@ -93,17 +94,16 @@ class Trainer(ABC):
         self.batches, self.loader = batches, loader
         self.steps_per_epoch = batches.steps
         self.precision = autocast_dtype(config.precision, ranks.device)
-        # Both wrappers are called as the model is.
+        if config.compile:
+            compile_blocks(model)
         self.replica: Any = model
         if ranks.world_size > 1:
             options: dict[str, Any] = {SYNC_BUFFERS: False, "gradient_as_bucket_view": True}
             self.replica = DistributedDataParallel(model, **options)
-        # Compiled from outside, so that the compiler splits the backward where gradients are reduced.
-        self.compiled: Any = torch.compile(self.replica) if config.compile else self.replica
 
     @abstractmethod
     def compute_loss(self, batch: Any, *, logged: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the loss of a micro-batch through ``self.compiled``, and what else is logged of a logged step.
+        """Compute the loss of a micro-batch through ``self.replica``, and what else is logged of a logged step.
 
         Args:
             batch: As the loader gives it, on the CPU.

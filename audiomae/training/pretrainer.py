@@ -76,7 +76,7 @@ class Pretrainer(Trainer):
         """Compute the reconstruction loss of a micro-batch."""
         spec, mask = self.prepare(*batch)
         with self.autocast():
-            loss = self.compiled(spec, mask).loss
+            loss = self.replica(spec, mask).loss
         return loss, {"baseline_loss": self.model.baseline_loss(spec, mask)} if logged else {}
 
     def prepare(self, waveform: Tensor, pairs: Tensor) -> tuple[Tensor, PatchMask]:

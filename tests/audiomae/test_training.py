@@ -150,7 +150,7 @@ class SlowTrainer(loop.Trainer):
 
     def compute_loss(self, batch, *, logged):
         self.clock.now += self.computing
-        return self.compiled(batch).mean(), {}
+        return self.replica(batch).mean(), {}
 
 
 def make_trainer(config: PretrainConfig, batches: ClipBatches, loader: object) -> SlowTrainer:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mae_kernels.patches import grid_shape, patchify, unpatchify
+from mae_kernels.patches import gather_patches, grid_shape, patchify, unpatchify
 from torch import Tensor
 
 from .tolerance import assert_same_function
@@ -82,3 +82,25 @@ def test_a_round_trip_loses_only_the_margin_that_no_patch_covers(data):
 def test_an_image_smaller_than_a_patch_is_refused():
     with pytest.raises(ValueError, match=r"^an image of \(8, 3\) is smaller than one patch of \(4, 4\)$"):
         grid_shape((8, 3), (4, 4), (4, 4))
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize(
+    ("size", "patch_size", "stride"),
+    [
+        ((16, 12), (4, 4), (4, 4)),
+        ((17, 12), (4, 3), (4, 3)),  # a margin below that no patch covers
+        ((16, 13), (4, 4), (4, 4)),  # and one on the right
+        ((16, 12), (4, 4), (3, 2)),
+    ],
+)
+def test_gathered_patches_are_those_of_patchify(size, patch_size, stride, contiguous):
+    image = torch.randn(3, 2, *size)
+    if not contiguous:
+        image = image.transpose(2, 3).contiguous().transpose(2, 3)
+    patches = patchify(image, patch_size, stride)
+    ids = torch.rand(3, patches.shape[1]).argsort(dim=1)[:, :5]
+    gathered = gather_patches(image, ids, patch_size, stride)
+    assert gathered.shape == (3, 5, 2, *patch_size)
+    expected = patches.gather(1, ids[:, :, None].expand(-1, -1, patches.shape[2]))
+    torch.testing.assert_close(gathered.permute(0, 1, 3, 4, 2).flatten(2), expected, rtol=0, atol=0)
