@@ -54,6 +54,9 @@ class Judge:
     Args:
         workload: What to compute.
         dtype: Precision.
+
+    Attributes:
+        error: Of the last provider: the largest distance from float64, over the largest value of what it is in.
     """
 
     def __init__(self, workload: Workload, dtype: torch.dtype):
@@ -63,23 +66,27 @@ class Judge:
         self.truth = exact
         rounding = max(ROUNDING[dtype], _EPSILON * workload.summed**0.5)
         self.bounds = {
-            what: 2 * _distance(plain[what], truth) + rounding * truth.double().abs().max().item()
-            for what, truth in exact.items()
+            what: 2 * _distance(plain[what], truth) + rounding * self._largest(what) for what, truth in exact.items()
         }
+        self.error = 0.0
 
     def find_error(self, form: Form) -> str | None:
-        """Compare a provider with the reference in float64.
+        """Compare a provider with the reference in float64, and keep the largest relative error in ``error``.
 
         Returns:
             The output or gradient that is off by more than twice the reference's own error in the precision and a
             rounding, or None.
         """
         actual = results(self.workload, form, self.dtype)
-        for what, truth in self.truth.items():
-            error = _distance(actual[what], truth)
+        errors = {what: _distance(actual[what], truth) for what, truth in self.truth.items()}
+        self.error = max(error / max(self._largest(what), _EPSILON) for what, error in errors.items())
+        for what, error in errors.items():
             if not error <= self.bounds[what]:
                 return f"{what} is off by {error:.2e}, expected at most {self.bounds[what]:.2e}"
         return None
+
+    def _largest(self, what: str) -> float:
+        return self.truth[what].double().abs().max().item()
 
 
 def _distance(actual: Tensor, truth: Tensor) -> float:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bench.rows import Row
-from bench.turns import Laps
+from bench.turns import Laps, Mark
 
 
 def saved_tensor_bytes(forward: Callable[[], object], existing: Iterable[Tensor]) -> int:
@@ -66,7 +66,10 @@ def _measure_ceilings(device: torch.device, dtype: torch.dtype, threads: int) ->
     laps = Laps(device, kernels=True)
 
     def least_s(call: Callable[[], object]) -> float:
-        return min(laps.time(lambda turn, mark: call(), turn)["all"] for turn in range(9)) / 1e3
+        def timed(turn: int, mark: Mark) -> None:
+            call()
+
+        return min(laps.time(timed, turn)["all"] for turn in range(9)) / 1e3
 
     return 2 * source.nbytes / least_s(lambda: target.copy_(source)), 2 * side**3 / least_s(lambda: a @ b)
 

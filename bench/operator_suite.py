@@ -113,6 +113,7 @@ def measure_operator(
             continue
         calls[provider] = caller(form, workloads, dtype)
         facts[provider] = measure_memory(form, calls[provider], first, device, dtype)
+        facts[provider]["error"] = judge.error
         if is_compiled(provider):
             facts[provider]["compile_s"] = first_s
     if "fused" not in calls:

@@ -33,6 +33,8 @@ class Row:
         bound: Which of the two allows less: ``"memory"`` or ``"compute"``.
         peak_mib: Highest memory allocated above what was there before the call, MiB.
         saved_mib: Kept for backward, MiB.
+        error: Largest distance from float64 of an output or a gradient over its largest value; of a step, of the loss
+            and of all gradients as one vector, over its norm.
         compile_s: What the first call cost above a later one, for compiled providers, seconds.
         wrong: Why the provider is out of tolerance; it then has no times.
         absent: Why the provider is not here; it then has nothing else.
@@ -63,6 +65,7 @@ class Row:
     bound: str | None = None
     peak_mib: float | None = None
     saved_mib: float | None = None
+    error: float | None = None
     compile_s: float | None = None
     wrong: str | None = None
     absent: str | None = None

@@ -25,13 +25,13 @@ class Step:
     Attributes:
         model: What is trained.
         loss: Computes the loss by ``loss(mark, clips)``; ``clips`` are those of the batch that count.
-        optimizer: Of the model's parameters.
+        optimizer: Of the model's parameters; None takes no step.
         inputs: The batch.
     """
 
     model: nn.Module
     loss: Callable[[Mark, slice], Tensor]
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | None
     inputs: tuple[Tensor, ...]
 
     def forward(self) -> Tensor:
@@ -42,8 +42,9 @@ class Step:
         """Draw masks, compute loss and gradients, and take an optimiser step; does not wait for the device."""
         self.loss(mark, ALL).backward()
         mark("encoder")
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        if self.optimizer is not None:
+            self.optimizer.step()
+        self.model.zero_grad()
         mark("optimiser")
 
     def gradient(self, clips: int | None = None) -> Gradient:

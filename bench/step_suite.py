@@ -34,23 +34,27 @@ CONFIGS: dict[str, Callable[[], AudioMAEConfig]] = {
 """Models whose pre-training step is measured, the default one first."""
 
 
-def find_gradient_error(step: Step, truth: Gradient, plain: Gradient, dtype: torch.dtype) -> str | None:
+def find_distances(actual: Gradient, exact: Gradient) -> dict[str, float]:
+    """How far a loss and all gradients, as one vector, are from the exact ones, over the norm of these."""
+    pairs = zip(("loss", "gradient"), actual, exact, strict=True)
+    return {what: ((x.double() - truth).norm() / truth.norm()).item() for what, x, truth in pairs}
+
+
+def find_gradient_error(actual: Gradient, truth: Gradient, plain: Gradient, dtype: torch.dtype) -> str | None:
     """Compare a step's loss and gradients with those in float64.
 
     Args:
-        step: What to check; nothing is trained.
+        actual: What to check.
         truth: Loss and gradients of the reference in float64.
         plain: Those of the reference in ``dtype``.
         dtype: Precision.
 
     Returns:
-        What is off by more than twice the reference's own error and a rounding, or None. Gradients are measured as
-        one vector, by its norm.
+        What is off by more than twice the reference's own error and a rounding, or None.
     """
-    for what, actual, theirs, exact in zip(("loss", "gradient"), step.gradient(), plain, truth, strict=True):
-        norm = exact.norm().item()
-        error, allowed = ((x.double() - exact).norm().item() / norm for x in (actual, theirs))
-        bound = 2 * allowed + ROUNDING[dtype]
+    allowed = find_distances(plain, truth)
+    for what, error in find_distances(actual, truth).items():
+        bound = 2 * allowed[what] + ROUNDING[dtype]
         if not error <= bound:
             return f"{what} is off by {error:.2e} of itself, expected at most {bound:.2e}"
     return None
@@ -195,11 +199,18 @@ def measure_steps(
     wrong, facts = [], {}
     for name, step in steps.items():
         start = time.perf_counter()
-        error = attempt(lambda step=step: find_gradient_error(step, truth, plain, dtype))
+        computed: list[Gradient] = []
+
+        def check(step: Step = step, computed: list[Gradient] = computed) -> str | None:
+            computed.append(step.gradient())
+            return find_gradient_error(computed[0], truth, plain, dtype)
+
+        error = attempt(check)
         if error:
             wrong.append(replace(about, provider=name, wrong=error))
-        else:
-            facts[name] = {"compile_s": time.perf_counter() - start} if is_compiled(name) else {}
+            continue
+        facts[name] = {"compile_s": time.perf_counter() - start} if is_compiled(name) else {}
+        facts[name]["error"] = max(find_distances(computed[0], truth).values())
     right = {name: step for name, step in steps.items() if name in facts} | dict(unjudged or {})
     for name, step in right.items():
         step(0, lambda part: None)  # makes the optimiser's state

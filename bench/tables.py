@@ -263,6 +263,7 @@ def _lines(group: str, rows: list[Row], over: str) -> list[Line]:
             "share of ceiling": format_ceiling(row),
             "peak": format_mib(row.peak_mib),
             "saved": format_mib(row.saved_mib),
+            "error": "" if row.error is None else f"{row.error:.1e}",
             "compile": "" if row.compile_s is None else format_times(1e3 * row.compile_s)[0],
             **others,
         }

@@ -13,6 +13,7 @@ Call = Callable[[int, Mark], object]
 """Does the thing once: ``call(round, mark)``. The round chooses the inputs; ``mark(name)`` ends a part of the work."""
 
 _SPIN_CYCLES_PER_S = 2e9  # about the clock of a GPU; the spin need only be long enough
+_LONGEST_SPIN_S = 0.05
 
 
 class Laps:
@@ -30,7 +31,7 @@ class Laps:
     def __init__(self, device: torch.device, *, kernels: bool):
         self.cuda = device.type == "cuda"
         self.kernels = kernels
-        self._enqueue_s = 0.0
+        self._enqueue_s: dict[Call, float] = {}  # what the last call took on the host
 
     def time(self, call: Call, turn: int) -> dict[str, float]:
         """Run a call: milliseconds of each part that it marks, and of ``"all"``."""
@@ -41,8 +42,9 @@ class Laps:
             laps = [(name, 1e3 * (stamp - before)) for (_, before), (name, stamp) in pairwise(stamps)]
             return _sums(laps) | {"all": total}
         torch.cuda.synchronize()
-        if self.kernels and self._enqueue_s:
-            torch.cuda._sleep(int(1.5 * self._enqueue_s * _SPIN_CYCLES_PER_S))
+        if self.kernels and call in self._enqueue_s:
+            spin_s = min(2 * self._enqueue_s[call], _LONGEST_SPIN_S)
+            torch.cuda._sleep(int(spin_s * _SPIN_CYCLES_PER_S))
         events = [("", torch.cuda.Event(enable_timing=True))]
         start = time.perf_counter()
         events[0][1].record()
@@ -54,7 +56,7 @@ class Laps:
 
         call(turn, mark)
         mark("all")
-        self._enqueue_s = max(self._enqueue_s, time.perf_counter() - start)
+        self._enqueue_s[call] = time.perf_counter() - start
         torch.cuda.synchronize()
         host = 1e3 * (time.perf_counter() - start)
         laps = [(name, before.elapsed_time(event)) for (_, before), (name, event) in pairwise(events)]

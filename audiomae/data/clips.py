@@ -4,7 +4,6 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import reduce
 from typing import Literal
 
 import numpy as np
@@ -97,17 +96,21 @@ class _Clip:
                 f"{self._path}: cut off, its header tells of {self._file.frames} samples, "
                 f"but it ends before sample {first + count}"
             )
-        if not np.isfinite(samples).all():
+        if self._file.subtype != "PCM_16" and not np.isfinite(samples).all():
             raise ClipError(f"{self._path}: holds samples that are not finite")
         return samples
 
 
 def _decode_next(file: sf.SoundFile, count: int) -> np.ndarray:
-    samples = file.read(count, dtype="float32", always_2d=True)
-    if file.channels == 1:
-        return samples[:, 0]
-    # For stereo, adding columns takes a tenth of the time that ``samples.mean(axis=1)`` takes.
-    return reduce(np.add, samples.T) / np.float32(file.channels)
+    # libsndfile takes longer to make floats of 16-bit samples than to read them; NumPy makes the same ones faster.
+    is_16_bit = file.subtype == "PCM_16"
+    samples = file.read(count, dtype="int16" if is_16_bit else "float32", always_2d=True)
+    # Adding channel by channel takes a tenth of the time that ``samples.mean(axis=1)`` takes.
+    mono = samples[:, 0].astype(np.float32)
+    for channel in range(1, file.channels):
+        mono += samples[:, channel]
+    scale = file.channels * (2**15 if is_16_bit else 1)
+    return mono if scale == 1 else mono / np.float32(scale)
 
 
 def read_clip(manifest: Manifest, number: int, sample_rate: int, samples: int, start: float = 0.0) -> torch.Tensor:

@@ -69,6 +69,7 @@ def test_rows_of_an_operator():
         assert row.p20_ms <= row.p50_ms <= row.p80_ms
         assert row.shape == {"batch": 2, "tokens": 32, "width": 64, "window": "4x4"}
         assert row.about["device"]
+        assert 0 < row.error < 1e-5
     by_mode = {row.mode: row for row in rows if row.provider == "fused"}
     floor = load.forward
     assert by_mode["forward"].least_bytes == floor.read_and_written
@@ -126,6 +127,7 @@ def test_rows_of_a_step():
         assert row.facts["clips/s"] == pytest.approx(2e3 / row.p50_ms)
         assert 0 < row.facts["model FLOPs utilisation"] < 1
         assert row.peak_mib > row.saved_mib > 0
+        assert 0 < row.error < 1e-5
 
 
 def test_flops_of_a_step_are_those_of_its_products():
@@ -155,11 +157,11 @@ def test_a_gradient_in_parts_is_the_whole_one():
 
 def test_a_step_that_computes_something_else_is_wrong():
     truth = build_pretraining_step("reference", CPU, 2, torch.float64, TINY).gradient()
-    step = build_pretraining_step("auto", CPU, 2, torch.float32, TINY)
-    plain = step.gradient()
-    assert find_gradient_error(step, truth, plain, torch.float32) is None
-    other = replace(step, loss=lambda *args: 1.001 * step.loss(*args))
-    assert find_gradient_error(other, truth, plain, torch.float32).startswith("loss is off by 1.00e-03 of itself")
+    loss, gradient = plain = build_pretraining_step("auto", CPU, 2, torch.float32, TINY).gradient()
+    assert find_gradient_error(plain, truth, plain, torch.float32) is None
+    for other, what in (((1.001 * loss, gradient), "loss"), ((loss, 1.001 * gradient), "gradient")):
+        error = find_gradient_error(other, truth, plain, torch.float32)
+        assert error.startswith(f"{what} is off by 1.00e-03 of itself")
 
 
 def test_shares_are_of_the_time():

@@ -59,6 +59,51 @@ def test_parts_are_timed_between_marks_and_add_up():
     assert parts["all"] >= parts["forward"] + parts["backward"]
 
 
+class FakeGPU:
+    """A GPU whose clock moves by what is queued on it, and a host on which nothing takes time."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.slept = 0.0, []
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = gpu.now
+
+            def elapsed_time(self, other):
+                return other.at - self.at
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.cuda, "_sleep", self.slept.append)
+
+    def call(self, turn, mark):
+        self.now += 2.0
+        mark("forward")
+        self.now += 3.0
+        mark("backward")
+
+
+def test_kernels_are_timed_by_events_behind_a_spin(monkeypatch):
+    gpu = FakeGPU(monkeypatch)
+    laps = Laps(torch.device("cuda"), kernels=True)
+    for turn in range(3):
+        assert laps.time(gpu.call, turn) == {"forward": 2.0, "backward": 3.0, "all": 5.0}
+    assert len(gpu.slept) == 2  # the first call has not been seen before
+    assert all(0 <= cycles <= 0.05 * 2e9 for cycles in gpu.slept)
+
+
+def test_a_step_on_a_gpu_takes_what_the_host_waits(monkeypatch):
+    gpu = FakeGPU(monkeypatch)
+    times = Laps(torch.device("cuda"), kernels=False).time(gpu.call, 0)
+    assert (times["forward"], times["backward"]) == (2.0, 3.0)
+    assert times["all"] < 2.0
+    assert gpu.slept == []
+
+
 def test_spread_of_few_values():
     assert spread([3.0]) == (3.0, 3.0, 3.0)
     assert spread([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == (2.0, 3.5, 5.0)
