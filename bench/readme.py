@@ -1,4 +1,4 @@
-"""The README's section of measured figures, made from rows so that none is typed by hand."""
+"""The sections of measured figures in READMEs, made from rows so that none is typed by hand."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -21,27 +21,71 @@ from bench.tables import (
     together,
 )
 
-START, END = "<!-- performance -->", "<!-- /performance -->"
+SECTIONS = ("performance", "drop-in")
+"""Names of the sections: each stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``."""
+
 COMMAND = "pytest bench/ --benchmark-only"
 REFERENCE, COMPILED, FUSED = "reference", "reference + compile", "fused"
 
 
-def fill(text: str, section: str, path: str | PathLike[str]) -> str:
-    """Put a section between the markers of a text, and leave the rest as it is.
+def fill(text: str, sections: Mapping[str, str], path: str | PathLike[str]) -> str:
+    """Put sections between their markers in a text, and leave the rest as it is.
 
     Args:
         text: Of the file.
-        section: What to put.
+        sections: By name; those without markers in the text are left out.
         path: Names the file in errors.
 
     Raises:
-        ValueError: The markers are not there, once each and in order.
+        ValueError: A section's markers are not there once each and in order, or no section has any.
     """
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end or START in rest or END in before + after:
-        raise ValueError(f"{path} has not {START} once and {END} once after it, expected both around the figures")
-    return f"{before}{START}\n{section.strip()}\n{END}{after}"
+    found = [name for name in sections if f"<!-- {name} -->" in text or f"<!-- /{name} -->" in text]
+    if not found:
+        starts = " or ".join(f"<!-- {name} -->" for name in sections)
+        raise ValueError(f"{path} has no {starts}, expected one with its end around the figures")
+    for name in found:
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, _, rest = text.partition(start)
+        _, ended, after = rest.partition(end)
+        if not ended or start in rest or start not in text or end in before + after:
+            raise ValueError(f"{path} has not {start} once and {end} once after it, expected both around the figures")
+        text = f"{before}{start}\n{sections[name].strip()}\n{end}{after}"
+    return text
+
+
+def drop_in_section(devices: Mapping[str, Sequence[Row]], command: str) -> str:
+    """Write what ``mae_kernels.fuse`` does to other libraries' models.
+
+    Args:
+        devices: Rows by device.
+        command: What made the section.
+    """
+    parts = []
+    head = ["forward + backward", "before", "after", "ratio", "peak", "saved for backward", "error", "modules replaced"]
+    for name, rows in devices.items():
+        mine = [row for row in rows if row.suite == "drop-in"]
+        if not mine:
+            continue
+        parts.append(f"{name}: {describe_about(mine)}.")
+        lines = []
+        for task in dict.fromkeys(row.task for row in mine):
+            by_provider = _by_provider([row for row in mine if row.task == task])
+            before, after = by_provider.get("original"), by_provider["fused"]
+            if before is None:
+                lines.append([task, "", after.wrong or after.absent or "", "", "", "", "", ""])
+                continue
+            sizes = [(before.peak_mib, after.peak_mib), (before.saved_mib, after.saved_mib)]
+            pairs = [" to ".join(map(format_mib, pair)) for pair in sizes]
+            errors = " to ".join("" if row.error is None else f"{row.error:.1e}" for row in (before, after))
+            replaced = str(after.facts.get("modules replaced", ""))
+            what = f"{task}, batch {after.shape['batch']}, {after.dtype}"
+            lines.append([what, _time(before), _time(after), format_ratio(after), *pairs, errors, replaced])
+        parts.append(markdown(head, lines, text_columns=1))
+    parts.append(
+        "Both take turns; the ratio is of times in the same round, median, 20th to 80th percentile. The error is that "
+        f"of loss and gradients against float64, before and after. Written by `{command}`."
+    )
+    return "\n\n".join(part if part.startswith("|") else _filled(part) for part in parts)
 
 
 def performance_section(devices: Mapping[str, Sequence[Row]], links: Mapping[str, str], cost: str, command: str) -> str:

@@ -1,12 +1,13 @@
 """Draw the results that ``pytest bench/ --benchmark-only`` wrote.
 
     python -m bench.report RESULTS... --out docs/
-    python -m bench.report RESULTS... --out docs/ --readme README.md
+    python -m bench.report RESULTS... --out docs/ --readme README.md kernels/README.md
 
 Writes a page with tables and plots for each device, ``OUT/benchmarks/DEVICE.md``; an index of them; and what
 pre-training would cost, ``OUT/cost.md``. With ``--readme`` also what stands between ``<!-- performance -->`` and
-``<!-- /performance -->`` there. All of it is made from the files given, so give all. Files of the same device are
-runs of the same measurements: the first is shown, and its page says which ratios the later ones reproduce.
+``<!-- /performance -->`` there, and between the markers ``drop-in``. All of it is made from the files given, so give
+all. Files of the same device are runs of the same measurements: the first is shown, and its page says which ratios the
+later ones reproduce.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from bench.cost import cost_page
 from bench.plots import draw, save_figure
-from bench.readme import fill, performance_section
+from bench.readme import drop_in_section, fill, performance_section
 from bench.rows import Row, read_rows
 from bench.tables import (
     build_tables,
@@ -189,7 +190,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(COMMAND, description="Draw results of benchmarks.")
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS", help="file that pytest bench/ wrote")
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder for the pages (default: docs)")
-    parser.add_argument("--readme", type=Path, help="file whose section between the markers is written anew")
+    parser.add_argument(
+        "--readme", type=Path, nargs="+", default=[], help="files whose sections between markers are written anew"
+    )
     options = parser.parse_args()
     try:
         write_report(options.results, options.out, options.readme)
@@ -197,13 +200,13 @@ def main() -> None:
         sys.exit(f"bench.report: {error}")
 
 
-def write_report(results: Sequence[Path], out: Path, readme: Path | None = None) -> None:
+def write_report(results: Sequence[Path], out: Path, readmes: Sequence[Path] = ()) -> None:
     """Write all pages, and say which.
 
     Args:
         results: Files of rows.
         out: Folder for the pages; made if missing.
-        readme: File with markers.
+        readmes: Files with markers.
 
     Raises:
         ValueError: Files that hold no rows, or a README without markers; then nothing is written.
@@ -212,24 +215,27 @@ def write_report(results: Sequence[Path], out: Path, readme: Path | None = None)
     devices = load(results)
     folder = out / "benchmarks"
     pages = {device.name: folder / f"{device_slug(device.name)}.md" for device in devices}
-    filled = None
-    if readme is not None:
+    command = " ".join([COMMAND, *(path.as_posix() for path in results), "--out", out.as_posix()])
+    if readmes:
+        command += " ".join([" --readme", *(path.as_posix() for path in readmes)])
+    filled = {}
+    rows = {device.name: device.rows for device in devices}
+    for readme in readmes:
         links = {name: Path(os.path.relpath(page, readme.parent)).as_posix() for name, page in pages.items()}
-        named = " ".join(path.as_posix() for path in results)
-        command = f"{COMMAND} {named} --out {out.as_posix()} --readme {readme.as_posix()}"
         cost = Path(os.path.relpath(out / "cost.md", readme.parent)).as_posix()
-        section = performance_section({device.name: device.rows for device in devices}, links, cost, command)
-        filled = fill(readme.read_bytes().decode(), section, readme)
+        sections = {
+            "performance": performance_section(rows, links, cost, command),
+            "drop-in": drop_in_section(rows, command),
+        }
+        filled[readme] = fill(readme.read_bytes().decode(), sections, readme)
     folder.mkdir(parents=True, exist_ok=True)
     for device in devices:
         write_device_page(device, pages[device.name])
     (folder / "README.md").write_text(index_page(devices), encoding="utf-8")
     (out / "cost.md").write_text(cost_page(row for device in devices for row in device.rows), encoding="utf-8")
-    written = [*pages.values(), folder / "README.md", out / "cost.md"]
-    if readme is not None and filled is not None:
-        readme.write_bytes(filled.encode())
-        written.append(readme)
-    for path in written:
+    for readme, text in filled.items():
+        readme.write_bytes(text.encode())
+    for path in (*pages.values(), folder / "README.md", out / "cost.md", *filled):
         print(path)
 
 

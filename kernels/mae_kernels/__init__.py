@@ -1,7 +1,8 @@
 """Fused operators for masked autoencoders.
 
 Each operator is a function here and a module of the same name in :mod:`mae_kernels.ops`, whose ``reference`` says in
-plain PyTorch what it computes. Importing this package touches no device.
+plain PyTorch what it computes. :mod:`mae_kernels.modules` has modules of them for models of your own, :func:`fuse` puts
+them into existing ones. Importing this package touches no device.
 """
 
 from mae_kernels._forms import Impl, check_impl
@@ -15,6 +16,7 @@ from mae_kernels.ops.patch_embed import patch_embed
 from mae_kernels.ops.random_mask import random_mask
 from mae_kernels.ops.restore_tokens import restore_tokens
 from mae_kernels.ops.window_attention import window_attention
+from mae_kernels.patching import fuse, unfuse
 
 __version__ = "0.1.0"
 
@@ -23,6 +25,7 @@ __all__ = [
     "add_layer_norm",
     "check_impl",
     "flash_attention",
+    "fuse",
     "layer_norm_add",
     "linear_masked_mse",
     "masked_mse",
@@ -30,5 +33,6 @@ __all__ = [
     "patch_embed",
     "random_mask",
     "restore_tokens",
+    "unfuse",
     "window_attention",
 ]

@@ -34,15 +34,15 @@ def gather_patches(image: Tensor, ids: Tensor, patch_size: tuple[int, int], stri
     if image.is_contiguous() and not image.requires_grad and stride == patch_size and width % patch_size[1] == 0:
         # A row of a patch is a row of a matrix, which is copied whole: on CPUs four times as fast as value by value.
         columns = width // patch_size[1]
-        rows = (ids // columns * (patch_size[0] * columns) + ids % columns)[:, :, None, None]
-        rows = rows + (torch.arange(batch, device=ids.device) * (channels * height * columns))[:, None, None, None]
+        first = (ids // columns * (patch_size[0] * columns) + ids % columns)[:, :, None, None]
+        rows = first + (torch.arange(batch, device=ids.device) * (channels * height * columns))[:, None, None, None]
         rows = rows + (torch.arange(channels, device=ids.device) * (height * columns))[:, None]
         rows = rows + torch.arange(patch_size[0], device=ids.device) * columns
         return image.view(-1, patch_size[1]).index_select(0, rows.flatten()).view(*rows.shape, patch_size[1])
     windows = image.unfold(2, patch_size[0], stride[0]).unfold(3, patch_size[1], stride[1]).permute(0, 2, 3, 1, 4, 5)
     columns = windows.shape[2]
-    batch = torch.arange(image.shape[0], device=image.device)[:, None]
-    return windows[batch, ids // columns, ids % columns]
+    sample = torch.arange(batch, device=image.device)[:, None]
+    return windows[sample, ids // columns, ids % columns]
 
 
 def scatter_patches(patches: Tensor, ids: Tensor, image_size: tuple[int, int], stride: tuple[int, int]) -> Tensor:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from bench import plots, report
 from bench.cost import cost_page
-from bench.readme import fill, performance_section
+from bench.readme import drop_in_section, fill, performance_section
 from bench.rows import Row, write_rows
 from bench.tables import build_tables
 
@@ -49,7 +49,7 @@ def folder(tmp_path_factory) -> Path:
     (folder / "docs/benchmarks/nvidia-h200").mkdir(parents=True)
     (folder / "docs/benchmarks/nvidia-h200/stale.png").touch()
     names = [folder / name for name in ("first.json", "again.json", "gpu.json")]
-    report.write_report(names, folder / "docs", folder / "README.md")
+    report.write_report(names, folder / "docs", [folder / "README.md"])
     return folder
 
 
@@ -131,8 +131,8 @@ def test_only_what_stands_between_the_markers_is_replaced(folder):
     assert text.startswith(f"{before}\nProviders take turns")
     assert text.endswith(f"README.md`.\n{after}")
     assert "old 12.3 ms" not in text
-    again = fill(text, "new", "README.md")
-    assert fill(again, "new", "README.md") == again
+    again = fill(text, {"performance": "new"}, "README.md")
+    assert fill(again, {"performance": "new"}, "README.md") == again
 
 
 def test_the_readme_has_the_figures(folder):
@@ -277,14 +277,40 @@ def test_unusable_files_are_told_in_a_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "text",
     [
-        "", "<!-- performance -->", "<!-- /performance -->",
+        "<!-- performance -->", "<!-- /performance -->",
         "<!-- performance --><!-- /performance --><!-- performance --><!-- /performance -->",
         "<!-- /performance --><!-- performance --><!-- /performance -->",
     ],
 )  # fmt: skip
 def test_markers_stand_once_each_and_in_order(text):
     with pytest.raises(ValueError, match="expected both around the figures"):
-        fill(text, "new", "README.md")
+        fill(text, {"performance": "new"}, "README.md")
+
+
+def test_a_text_without_any_markers():
+    with pytest.raises(ValueError, match=r"README\.md has no <!-- performance --> or <!-- drop-in -->"):
+        fill("text", {"performance": "new", "drop-in": "new"}, "README.md")
+
+
+def test_a_section_is_put_where_its_markers_are():
+    text = "a<!-- drop-in -->b<!-- /drop-in -->c"
+    assert fill(text, {"performance": "x", "drop-in": "y"}, "") == "a<!-- drop-in -->\ny\n<!-- /drop-in -->c"
+
+
+def test_the_drop_in_section_has_before_and_after():
+    def row(provider, **fields):
+        about = {"device": "x", "threads": 2}
+        return Row("drop-in", "Swin", provider, "original", shape={"batch": 2}, about=about, **fields)
+
+    original = row("original", p50_ms=20.0, ratio=1.0, peak_mib=100.0, saved_mib=60.0, error=1e-6)
+    facts = {"modules replaced": 3}
+    fused = row("fused", p50_ms=10.0, ratio=2.0, peak_mib=50.0, saved_mib=20.0, error=2e-6, facts=facts)
+    absent = Row("drop-in", "ViTMAE", "fused", "original", shape={"batch": 2}, absent="transformers is not installed")
+    section = drop_in_section({"x": [original, fused, absent], "y": []}, "made")
+    line = "| Swin, batch 2, float32 | 20.0 ms | 10.0 ms | 2.00x | 100 MiB to 50.0 MiB | 60.0 MiB to 20.0 MiB | "
+    assert line + "1.0e-06 to 2.0e-06 | 3 |" in section
+    assert "| ViTMAE |  | transformers is not installed |" in section
+    assert "Written by `made`" in section
 
 
 def test_the_command_says_what_it_wrote(tmp_path, monkeypatch, capsys):
@@ -297,4 +323,4 @@ def test_the_command_says_what_it_wrote(tmp_path, monkeypatch, capsys):
 
 def test_the_projects_own_readme_has_the_markers():
     text = (ROOT / "README.md").read_text()
-    assert fill(text, "new", "README.md") != text
+    assert fill(text, {"performance": "new"}, "README.md") != text

@@ -1,0 +1,60 @@
+"""Position tables of modules: learned, or the fixed 2-D sine-cosine ones of MAE."""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Position = Literal["learned", "sincos"]
+
+
+def _sincos_1d(places: Tensor, dim: int) -> Tensor:
+    """Embed ``places (L,)`` as ``(L, dim)``: all sines, then all cosines (Vaswani et al. 2017)."""
+    half = dim // 2
+    omega = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device="cpu") / half)
+    angles = places[:, None] * omega
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def sincos_2d(grid: tuple[int, int], dim: int) -> Tensor:
+    """Embed a grid row-major as ``(rows * columns, dim)``, float64, on the CPU.
+
+    The first half of a row embeds its column and the second half its row, as in MAE, whose mesh puts the width first.
+    """
+    tokens = torch.arange(grid[0] * grid[1], device="cpu")
+    return torch.cat([_sincos_1d(tokens % grid[1], dim // 2), _sincos_1d(tokens // grid[1], dim // 2)], dim=1)
+
+
+def check_position(module: str, position: str | None, grid: tuple[int, int] | None, dim: int) -> None:
+    """Raise ValueError unless ``position`` is a :data:`Position` that grid and width allow, or None."""
+    if position not in ("learned", "sincos", None):
+        raise ValueError(f"{module}: position is {position!r}, expected 'learned', 'sincos' or None")
+    if position == "sincos" and grid is None:
+        raise ValueError(f"{module}: grid is a number with position 'sincos', expected rows and columns")
+    if position == "sincos" and dim % 4:
+        raise ValueError(f"{module}: dim is {dim} with position 'sincos', expected a multiple of 4")
+
+
+def add_table(
+    module: nn.Module, name: str, position: str | None, length: int, dim: int, has_cls: bool, **factory: Any
+) -> None:
+    """Give a module an empty table ``(1, [1 +] length, dim)``: a parameter if learned, a buffer if fixed, or None."""
+    if position is None:
+        module.register_parameter(name, None)
+        return
+    table = torch.empty(1, int(has_cls) + length, dim, **factory)
+    if position == "learned":
+        module.register_parameter(name, nn.Parameter(table))
+    else:
+        module.register_buffer(name, table)
+
+
+def reset_table(table: Tensor | None, position: str | None, grid: tuple[int, int] | None, has_cls: bool) -> None:
+    """Initialise a table: a learned one as timm does, N(0, 0.02); a fixed one is 0 for the class token."""
+    if table is None:
+        return
+    if position == "learned":
+        nn.init.trunc_normal_(table, std=0.02)
+    elif grid is not None:
+        table.copy_(F.pad(sincos_2d(grid, table.shape[-1]), (0, 0, int(has_cls), 0))[None])
