@@ -1,7 +1,7 @@
 """Everything that a machine with a GPU can tell, in one command of at most eight minutes.
 
     python -m bench.gpu --out DIR           # tests, every operator, the ViT-B training step, a profile
-    python -m bench.gpu --out DIR --full    # also float32, more batch sizes, autotuning; takes as long as it takes
+    python -m bench.gpu --out DIR --full    # also float32, more sizes, autotuning, other libraries' models; takes long
 
 Needs torch, triton, timm, pytest, pytest-benchmark and this source on the path (``PYTHONPATH=.:kernels``), nothing
 installed. It measures as ``pytest bench/`` does, but for the tests, the deadline and the profile. An operator is timed
@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from bench.compare import Plan
+from bench.drop_in_suite import MODELS, measure_drop_in
 from bench.gpu_report import Report
 from bench.gpu_stages import profile_step, run_tests
 from bench.inference_suite import measure_inference
@@ -104,6 +105,8 @@ def measure(options: argparse.Namespace) -> Report:
     measured("fine-tuning step", lambda: measure_finetuning_step(plan, device, 64, torch.bfloat16, budget_s=6), STEP_S)
     measured("inference", lambda: measure_inference(plan, device, 64, torch.bfloat16, budget_s=3), STEP_S)
     if options.full:
+        for task in MODELS:
+            measured(f"drop-in, {task}", lambda t=task: measure_drop_in(plan, t, device, 64, torch.bfloat16))
         for batch in (8, 64, 256):
             for name in options.operators:
                 operator(name, torch.bfloat16, batch)

@@ -123,6 +123,15 @@ def test_a_large_logit_scale_is_clamped():
     assert gradient[1] != 0
 
 
+@pytest.mark.parametrize("impl", TORCH_FORMS)
+def test_short_queries_and_keys_have_cosines(impl):
+    attention = ShiftedWindowAttentionV2(8, [3, 2], [1, 1], 2)
+    fused, tensors = fused_copy(attention, TARGETS, impl), draw_state(attention, shape_of((6, 4)))
+    for name in ("qkv.weight", "qkv.bias"):
+        tensors[name][:16] *= 1e-8
+    assert_same_function(function_of(fused), function_of(attention), tensors)
+
+
 @pytest.mark.parametrize("version", CLASSES)
 def test_stochastic_depth_and_dropout_draw_what_they_drew(version):
     grid, window, shift = CUTS["shifted"]
@@ -157,19 +166,25 @@ def test_stochastic_depth_in_low_precision(version, mode):
     assert_as_accurate(fused, block, tensors, torch.bfloat16, autocast=True)
 
 
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("attn", "attention_dropout"),
+        ("attn", "dropout"),
+        ("mlp.2", "p"),
+        ("mlp.4", "p"),
+        ("stochastic_depth", "p"),
+    ],
+)
 @pytest.mark.parametrize("version", CLASSES)
-def test_dropouts_that_are_turned_on_later_drop(version):
+def test_dropouts_that_are_turned_on_later_drop(version, path, name):
     grid, window, shift = CUTS["shifted"]
     block = make_block(version, window, shift)
-    fused, tensors = fused_copy(block, TARGETS, "torch"), draw_state(block, shape_of(grid))
-    for name in ("attention_dropout", "dropout"):
-        for module in (block, fused):
-            setattr(module.attn, name, 0.3)
-            module.mlp[2].p = module.mlp[4].p = module.stochastic_depth.p = 0.3
-        assert_same_function(function_of(fused), function_of(block), tensors)
-        assert not torch.equal(function_of(fused, seed=1)(**tensors), function_of(fused, seed=2)(**tensors))
-        for module in (block, fused):
-            setattr(module.attn, name, 0.0)
+    fused, tensors = fused_copy(block, TARGETS, "torch"), draw_state(block, shape_of(grid, batch=5))
+    for module in (block, fused):
+        setattr(module.get_submodule(path), name, 0.3)
+    assert_same_function(function_of(fused), function_of(block), tensors)
+    assert not torch.equal(function_of(fused, seed=1)(**tensors), function_of(fused, seed=2)(**tensors))
 
 
 def small_swin(version: str, **options) -> SwinTransformer:
@@ -377,5 +392,5 @@ def test_other_mlps_are_left(mlp, reason):
 def test_the_mlp_of_torchvisions_vit_is_fused():
     block = EncoderBlock(2, 8, 12, dropout=0.0, attention_dropout=0.0, norm_layer=nn.LayerNorm)
     fused = fused_copy(block, TARGETS, "torch")
-    assert type(fused.mlp).__name__ == "FusedMLPBlock"
+    assert isinstance(fused.mlp, swin_torchvision.SwinMlp)
     assert_same_function(function_of(fused), function_of(block), draw_state(block, (2, 7, 8)))

@@ -118,11 +118,12 @@ def test_nothing_is_dropped_in_eval():
     assert_same_function(function_of(fused, seed=1), function_of(block, seed=2), tensors)
 
 
-def test_dropouts_that_are_turned_on_later_drop():
+@pytest.mark.parametrize("path", ["attn.attn_drop", "attn.proj_drop", "mlp.drop1", "mlp.drop2"])
+def test_dropouts_that_are_turned_on_later_drop(path):
     block = Block(12, 2)
     fused = fused_copy(block, TARGETS, "torch")
     for module in (block, fused):
-        module.attn.attn_drop.p = module.attn.proj_drop.p = module.mlp.drop1.p = module.mlp.drop2.p = 0.3
+        module.get_submodule(path).p = 0.3
     tensors = draw_state(block, SHAPE)
     assert_same_function(function_of(fused), function_of(block), tensors)
     assert not torch.equal(function_of(fused, seed=1)(**tensors), function_of(fused, seed=2)(**tensors))

@@ -204,7 +204,10 @@ def find_unexpected(module: nn.Module, expected: Mapping[str, type | tuple[type,
         part = module.get_submodule(path)
         allowed = classes if isinstance(classes, tuple) else (classes,)
         if type(part) not in allowed:
-            return f"{path} is {type(part).__name__}, expected {' or '.join(cls.__name__ for cls in allowed)}"
+            own, names = type(part).__name__, [cls.__name__ for cls in allowed]
+            if own in names:  # an adapter's class may have the name of what it stands for
+                own = f"{type(part).__module__}.{own}"
+            return f"{path} is {own}, expected {' or '.join(names)}"
         if any(hooks_of(part)):
             return f"{path} has hooks, which would not run"
     return None

@@ -8,7 +8,8 @@ timm pads a grid that the window does not divide with zeros at the ends of the s
 values are made, and lets the padding take part in attention; so do V1 and V2 here. What the class runs itself:
 
 - attention with its dropouts on, whose numbers are drawn in the order of windows;
-- attention on another grid than a shifted block's mask was made for, or with a shift that was set or taken away since;
+- attention on another grid than a shifted block's mask was made for, or with a shift that was set or taken away since
+  the block was fused, when its mask was compared with that of its shift; ``set_input_size`` makes both anew;
 - V2-CR's attention on a padded grid: there the keys of padding may be zero, and their gradient, which a bias learns
   from, is what timm's bound of a norm makes of it.
 

@@ -102,7 +102,6 @@ def add_to_stream(
     Returns:
         The new stream, in the dtype that a plain addition gives, and the input of the next branch.
     """
-    stream = stream.to(torch.promote_types(stream.dtype, branch.dtype))
     scale = draw_scale(drop, rate, branch)
     return add_layer_norm(branch, stream, norm.weight, norm.bias, eps=norm.eps, branch_scale=scale, impl=impl)
 
