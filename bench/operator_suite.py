@@ -58,7 +58,7 @@ def measure_operator(
     providers: Sequence[str] | None = None,
     compiled: bool = True,
     fused_red: str | None = None,
-    budget_s: float = 4,
+    budget_s: float = 3,
 ) -> list[Row]:
     """Measure an operator.
 

@@ -60,7 +60,7 @@ def find_gradient_error(actual: Gradient, truth: Gradient, plain: Gradient, dtyp
     return None
 
 
-def find_shares(step: Step, laps: Laps, rounds: int = 3) -> dict[str, float]:
+def find_shares(step: Step, laps: Laps, rounds: int = 2) -> dict[str, float]:
     """Find where a step that is not compiled spends its time: shares of masks, encoder, decoder, loss, optimiser.
 
     Forward and backward of a part count together; their borders are the encoder's and the decoder's output, in forward
@@ -101,7 +101,7 @@ def measure_pretraining_step(
     task: str = "ViT-B local",
     config: AudioMAEConfig | None = None,
     compiled: bool = True,
-    budget_s: float = 40,
+    budget_s: float = 30,
 ) -> list[Row]:
     """Measure the pre-training step of the reference and the fused form, each also under torch.compile.
 
@@ -146,7 +146,7 @@ def measure_pretraining_step(
 
 
 def measure_finetuning_step(
-    plan: Plan, device: torch.device, batch: int, dtype: torch.dtype, *, budget_s: float = 30
+    plan: Plan, device: torch.device, batch: int, dtype: torch.dtype, *, budget_s: float = 20
 ) -> list[Row]:
     """Measure the fine-tuning step with the paper's masking, 0.3 of time and of frequency, and on all patches."""
     masked = "masked 0.3/0.3"
