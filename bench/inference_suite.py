@@ -1,5 +1,6 @@
 """The encoder over whole spectrograms, as fine-tuned models and embeddings run it, by every provider."""
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from audiomae import AudioMAE
+from audiomae import AudioMAE, AudioMAEConfig
 from audiomae.checkpoints import to_timm
 from audiomae.training.compiling import compile_blocks
 from bench.accuracy import ROUNDING, attempt
@@ -22,7 +23,14 @@ MIB = 2**20
 
 
 def measure_inference(
-    plan: Plan, device: torch.device, batch: int, dtype: torch.dtype, *, budget_s: float = 15
+    plan: Plan,
+    device: torch.device,
+    batch: int,
+    dtype: torch.dtype,
+    *,
+    config: AudioMAEConfig | None = None,
+    compiled: bool = True,
+    budget_s: float = 8,
 ) -> list[Row]:
     """Measure the tokens of ViT-B on all patches, without gradients, in evaluation mode.
 
@@ -31,19 +39,22 @@ def measure_inference(
         device: Where.
         batch: Clips.
         dtype: Of autocast, float32 for none.
+        config: Another model.
+        compiled: Also with blocks under torch.compile.
         budget_s: About how long to time, in seconds.
     """
     torch.compiler.reset()
     torch.manual_seed(0)
-    reference = AudioMAE(impl="reference").to(device).eval()
+    reference = AudioMAE(config, impl="reference").to(device).eval()
+    fused = AudioMAE(config).to(device).eval()
+    fused.load_state_dict(reference.state_dict())
     models: dict[str, Callable[[Tensor], Tensor]] = {"timm": to_timm(reference)}
-    for name, impl in {"reference": "reference", "fused": "auto"}.items():
-        for suffix, mode in {"": None, **plan.compiler_modes(device)}.items():
-            model = AudioMAE(impl=impl).to(device).eval()
-            model.load_state_dict(reference.state_dict())
-            if suffix:
-                compile_blocks(model, mode=mode)
-            models[name + suffix] = model.encoder
+    for name, encoder in {"reference": reference.encoder, "fused": fused.encoder}.items():
+        models[name] = encoder
+        for suffix, mode in plan.compiler_modes(device).items() if compiled else ():
+            twin = copy.deepcopy(encoder)
+            compile_blocks(twin, mode=mode)
+            models[name + suffix] = twin
     specs = [torch.randn(batch, 1, *reference.config.spec_size, device=device) for _ in range(4)]
 
     def infer(model: Callable[[Tensor], Tensor], turn: int) -> Tensor:
@@ -53,15 +64,16 @@ def measure_inference(
     def call(model: Callable[[Tensor], Tensor]) -> Call:
         return lambda turn, mark: infer(model, turn)
 
-    exact = AudioMAE(impl="reference").to(device).double().eval()
-    exact.load_state_dict(reference.state_dict())
     with torch.inference_mode():
-        truth = exact.encoder(specs[0].double())
+        truth = copy.deepcopy(reference.encoder).double()(specs[0].double())
     allowed = (infer(models["reference"], 0).double() - truth).abs().max().item()
     bound = 2 * allowed + ROUNDING[dtype] * truth.abs().max().item()
 
+    errors: list[float] = []
+
     def find_error(model: Callable[[Tensor], Tensor]) -> str | None:
         error = (infer(model, 0).double() - truth).abs().max().item()
+        errors.append(error / truth.abs().max().item())
         return None if error <= bound else f"tokens are off by {error:.2e}, expected at most {bound:.2e}"
 
     about = Row(
@@ -84,7 +96,7 @@ def measure_inference(
             wrong.append(replace(about, provider=name, wrong=error))
             continue
         calls[name] = call(model)
-        facts[name] = {"peak_mib": peak_bytes(lambda m=model: infer(m, 0), device) / MIB}
+        facts[name] = {"peak_mib": peak_bytes(lambda m=model: infer(m, 0), device) / MIB, "error": errors[-1]}
         if is_compiled(name):
             facts[name]["compile_s"] = first_s
     if about.provider not in calls:

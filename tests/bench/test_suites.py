@@ -10,6 +10,7 @@ from audiomae import AudioMAEConfig
 from bench import operator_suite, step_suite
 from bench.accuracy import Judge, attempt
 from bench.compare import Plan
+from bench.inference_suite import measure_inference
 from bench.measure import measure_ceilings, peak_bytes, saved_tensor_bytes
 from bench.operator_suite import measure_operator
 from bench.operators import WORKLOADS, Workloads
@@ -128,6 +129,16 @@ def test_rows_of_a_step():
         assert 0 < row.facts["model FLOPs utilisation"] < 1
         assert row.peak_mib > row.saved_mib > 0
         assert 0 < row.error < 1e-5
+
+
+def test_rows_of_inference():
+    rows = measure_inference(SHORT, CPU, 2, torch.float32, config=TINY, compiled=False, budget_s=0.1)
+    assert {row.provider for row in rows} == {"reference", "fused", "timm"}
+    for row in rows:
+        assert row.shape == {"batch": 2, "tokens": 9}
+        assert row.facts["clips/s"] == pytest.approx(2e3 / row.p50_ms)
+        assert 0 < row.error < 1e-5
+        assert row.peak_mib > 0
 
 
 def test_flops_of_a_step_are_those_of_its_products():
