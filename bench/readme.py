@@ -107,7 +107,7 @@ def performance_section(devices: Mapping[str, Sequence[Row]], links: Mapping[str
         )
     ]
     for name, rows in devices.items():
-        parts += [f"### {name}", *_device(rows)]
+        parts += [f"### {name}", *_device([row for row in rows if row.suite != "drop-in"])]
     parts.append(_filled(f"All figures of this section were written by `{command}`."))
     return "\n\n".join(parts)
 
@@ -157,7 +157,8 @@ def _steps(rows: Sequence[Row]) -> list[str]:
         return []
     compiled = _by_provider(mine).get(COMPILED)
     head = [f"training step of {describe_task(mine[0])}, {mine[0].dtype}", "time", f"over {mine[0].baseline}"]
-    head += [f"over {COMPILED} (quotient of medians)", "clips/s", "model FLOPs utilisation", "peak", "saved"]
+    head += [f"over {COMPILED} (quotient of medians)"] if compiled else []
+    head += ["clips/s", "model FLOPs utilisation", "peak", "saved"]
     lines = []
     for row in mine:
         used = row.facts.get("model FLOPs utilisation")
@@ -166,7 +167,7 @@ def _steps(rows: Sequence[Row]) -> list[str]:
                 row.provider,
                 _time(row),
                 format_ratio(row),
-                _quotient(compiled, row),
+                *([_quotient(compiled, row)] if compiled else []),
                 format_number(row.facts["clips/s"]) if "clips/s" in row.facts else "",
                 "" if used is None else format_share(used),
                 format_mib(row.peak_mib),

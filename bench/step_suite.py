@@ -112,7 +112,7 @@ def measure_pretraining_step(
         dtype: Of autocast, float32 for none.
         task: A name in :data:`CONFIGS`.
         config: Another model than the task's.
-        compiled: Also with blocks under torch.compile.
+        compiled: Also with blocks under torch.compile; without, these providers are absent.
         budget_s: About how long to time, in seconds.
     """
     torch.compiler.reset()  # a process compiles one function for a few sizes only
@@ -136,6 +136,10 @@ def measure_pretraining_step(
         for name, step in steps.items()
         if name in right & {"reference", "fused"}
     }
+    if not compiled:
+        reason = "compiling takes minutes here, and is measured with --full"
+        names = [name + suffix for name in steps for suffix in plan.compiler_modes(device)]
+        rows += [replace(about, provider=name, absent=reason) for name in names]
     flops, rate = counter.get_total_flops(), measure_ceilings(device, dtype)[1]
     for row in rows:
         if row.p50_ms:
