@@ -1,10 +1,11 @@
 """Whether a provider of an operator is right: what must hold before its time is worth a line."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from bench.precision import autocast
 from bench.workload import Form, Workload
 
 # What a provider may be off by, besides twice what the reference is in the same dtype: a rounding of the largest value.
@@ -26,7 +27,7 @@ def results(workload: Workload, form: Form, dtype: torch.dtype, *, exact: bool =
         name: (t.double() if exact and t.is_floating_point() else t).detach().requires_grad_(t.requires_grad)
         for name, t in workload.tensors.items()
     }
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32 and not exact):
+    with autocast(device, torch.float64 if exact else dtype):
         outputs = form(leaves)
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
     found = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
@@ -49,45 +50,53 @@ def attempt(check: Callable[[], str | None]) -> str | None:
 
 
 class Judge:
-    """Says whether a provider is right on a workload.
+    """Says whether results are right: none off by more than twice the reference's own error, and a rounding.
 
     Args:
-        workload: What to compute.
+        truth: Results in float64, by name.
+        plain: Those of the reference in ``dtype``.
         dtype: Precision.
+        summed: Rows that the gradient of a parameter sums over.
+        whole: Measure a result as a vector, by its norm, and not by its largest value.
 
     Attributes:
-        error: Of the last provider: the largest distance from float64, over the largest value of what it is in.
+        error: Of what was judged last: the largest distance from the truth, over the size of that.
     """
 
-    def __init__(self, workload: Workload, dtype: torch.dtype):
-        self.workload, self.dtype = workload, dtype
-        exact = results(workload, workload.form("reference", exact=True), dtype, exact=True)
-        plain = results(workload, workload.form("reference"), dtype)
-        self.truth = exact
-        rounding = max(ROUNDING[dtype], _EPSILON * workload.summed**0.5)
-        self.bounds = {
-            what: 2 * _distance(plain[what], truth) + rounding * self._largest(what) for what, truth in exact.items()
-        }
+    def __init__(
+        self,
+        truth: Mapping[str, Tensor],
+        plain: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        *,
+        summed: int = 0,
+        whole: bool = False,
+    ):
+        self.truth, self._whole = truth, whole
         self.error = 0.0
+        self._sizes = {what: self._size(exact) for what, exact in truth.items()}
+        rounding = max(ROUNDING[dtype], _EPSILON * summed**0.5)
+        self._bounds = {
+            what: 2 * distance + rounding * self._sizes[what] for what, distance in self._distances(plain).items()
+        }
 
-    def find_error(self, form: Form) -> str | None:
-        """Compare a provider with the reference in float64, and keep the largest relative error in ``error``.
-
-        Returns:
-            The output or gradient that is off by more than twice the reference's own error in the precision and a
-            rounding, or None.
-        """
-        actual = results(self.workload, form, self.dtype)
-        errors = {what: _distance(actual[what], truth) for what, truth in self.truth.items()}
-        self.error = max(error / max(self._largest(what), _EPSILON) for what, error in errors.items())
-        for what, error in errors.items():
-            if not error <= self.bounds[what]:
-                return f"{what} is off by {error:.2e}, expected at most {self.bounds[what]:.2e}"
+    def find_error(self, actual: Mapping[str, Tensor]) -> str | None:
+        """Name the result that is off by too much, or None."""
+        distances = self._distances(actual)
+        self.error = max(distance / max(self._sizes[what], _EPSILON) for what, distance in distances.items())
+        for what, distance in distances.items():
+            if not distance <= self._bounds[what]:
+                return f"{what} is off by {distance:.2e}, expected at most {self._bounds[what]:.2e}"
         return None
 
-    def _largest(self, what: str) -> float:
-        return self.truth[what].double().abs().max().item()
+    def _distances(self, actual: Mapping[str, Tensor]) -> dict[str, float]:
+        return {what: self._size(actual[what].double() - exact.double()) for what, exact in self.truth.items()}
+
+    def _size(self, x: Tensor) -> float:
+        return (x.double().norm() if self._whole else x.double().abs().max()).item()
 
 
-def _distance(actual: Tensor, truth: Tensor) -> float:
-    return (actual.double() - truth.double()).abs().max().item()
+def judge_workload(workload: Workload, dtype: torch.dtype) -> Judge:
+    """Make the judge of a workload's outputs and gradients."""
+    truth = results(workload, workload.form("reference", exact=True), dtype, exact=True)
+    return Judge(truth, results(workload, workload.form("reference"), dtype), dtype, summed=workload.summed)

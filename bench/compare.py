@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -52,6 +53,7 @@ def compare(
     calls: Mapping[str, Call],
     laps: Laps,
     *,
+    fields: Mapping[str, Mapping[str, Any]] | None = None,
     modes: Sequence[str] = ("all",),
     budget_s: float = 6,
 ) -> list[Row]:
@@ -59,18 +61,19 @@ def compare(
 
     Args:
         plan: How much is measured.
-        about: What the rows have in common; its ``provider`` is the one that pytest-benchmark reports, its
-            ``baseline`` another of ``calls``.
+        about: What the rows have in common; its ``provider`` is the one that pytest-benchmark reports if it is among
+            ``calls``, else its ``baseline``, which is.
         calls: By provider, what to time.
         laps: Times them.
+        fields: By provider, what else is known of it, by the names of a row's fields.
         modes: Parts that every call marks, or ``"all"``.
         budget_s: About how long to go on, in seconds.
 
     Returns:
         A row for each mode of each provider.
     """
-    first = {about.provider: calls[about.provider]}
-    turns = Turns(first | dict(calls), laps)
+    first = about.provider if about.provider in calls else about.baseline
+    turns = Turns({first: calls[first]} | dict(calls), laps)
     plan.run(turns, budget_s)
     rows = []
     for provider in calls:
@@ -89,6 +92,7 @@ def compare(
                     ratio_p80=timing.ratio_p80,
                     rounds=timing.rounds,
                     facts=dict(about.facts),
+                    **(fields or {}).get(provider, {}),
                 )
             )
     return rows

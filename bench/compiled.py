@@ -33,6 +33,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from bench.operators import WORKLOADS, Workloads
+from bench.precision import name_of
 from bench.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
@@ -198,7 +199,7 @@ def compile_operator(operator: str, precision: torch.dtype, target: str, batch: 
             facts = read_ptx(compiled.asm["ptx"], target)
             facts |= {"shared_bytes": shared}
             facts |= {"resident_warps": resident_warps(target, facts["registers"], shared, warps)}
-        name = str(precision).removeprefix("torch.")
+        name = name_of(precision)
         rows.append(Compiled(operator, kernel.strip("_"), name, target, programs, warps, **facts))
     return rows
 

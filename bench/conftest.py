@@ -1,6 +1,7 @@
 """What the benchmarks share: how much is measured, the rows of results, and the tables at the end."""
 
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,11 +64,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     rows = config.stash[ROWS]
     if not rows:
         return
-    options = [name for name in ("full", "short") if config.getoption(name)]
     threads = [f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}"] if "OMP_NUM_THREADS" in os.environ else []
-    command = [*threads, "pytest bench/ --benchmark-only", *(f"--{name}" for name in options)]
+    command = shlex.join([*threads, "pytest", *config.invocation_params.args])
     for row in rows:
-        row.about["command"] = " ".join(command)
+        row.about["command"] = command
     for title, table in text_tables(rows):
         terminalreporter.section(title)
         terminalreporter.write_line(table)

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from bench import audio_mae_models, mae_models
 from bench.compare import Plan
+from bench.precision import autocast, name_of
 from bench.provenance import provenance
 from bench.rows import Row
-from bench.step import Step, autocast
+from bench.step import Step
 from bench.step_suite import measure_steps
 from bench.turns import Mark
 
@@ -103,7 +104,7 @@ def measure_drop_in(
         "fused",
         "original",
         shape={"batch": batch},
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=name_of(dtype),
         about=provenance(device),
     )
     if find_spec(library) is None:

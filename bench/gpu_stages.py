@@ -14,6 +14,7 @@ import torch
 from audiomae import AudioMAEConfig
 from bench.gpu_report import Report
 from bench.step import build_pretraining_step
+from bench.turns import unmarked
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = re.compile(r"^(tests/\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b", re.MULTILINE)
@@ -54,11 +55,11 @@ def profile_step(report: Report, device: torch.device, batch: int, config: Audio
     """Find what the fused step spends its time on."""
     step = build_pretraining_step("auto", device, batch, torch.bfloat16, config)
     for turn in range(3):
-        step(turn, lambda part: None)
+        step(turn, unmarked)
     activity = torch.profiler.ProfilerActivity
     kinds = [activity.CUDA, activity.CPU] if device.type == "cuda" else [activity.CPU]
     with torch.profiler.profile(activities=kinds, acc_events=True) as profile:
-        step(0, lambda part: None)
+        step(0, unmarked)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"

@@ -11,15 +11,13 @@ from torch import Tensor
 from audiomae import AudioMAE, AudioMAEConfig
 from audiomae.checkpoints import to_timm
 from audiomae.training.compiling import compile_blocks
-from bench.accuracy import ROUNDING, attempt
+from bench.accuracy import Judge, attempt
 from bench.compare import Plan, compare, is_compiled
-from bench.measure import peak_bytes
+from bench.measure import MIB, peak_bytes
+from bench.precision import autocast, name_of
 from bench.provenance import provenance
 from bench.rows import Row
-from bench.step import autocast
 from bench.turns import Call, Laps
-
-MIB = 2**20
 
 
 def measure_inference(
@@ -66,15 +64,7 @@ def measure_inference(
 
     with torch.inference_mode():
         truth = copy.deepcopy(reference.encoder).double()(specs[0].double())
-    allowed = (infer(models["reference"], 0).double() - truth).abs().max().item()
-    bound = 2 * allowed + ROUNDING[dtype] * truth.abs().max().item()
-
-    errors: list[float] = []
-
-    def find_error(model: Callable[[Tensor], Tensor]) -> str | None:
-        error = (infer(model, 0).double() - truth).abs().max().item()
-        errors.append(error / truth.abs().max().item())
-        return None if error <= bound else f"tokens are off by {error:.2e}, expected at most {bound:.2e}"
+    judge = Judge({"tokens": truth}, {"tokens": infer(models["reference"], 0)}, dtype)
 
     about = Row(
         "inference",
@@ -82,28 +72,24 @@ def measure_inference(
         "fused",
         "reference",
         shape={"batch": batch, "tokens": truth.shape[1]},
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=name_of(dtype),
         about=provenance(device),
     )
     wrong: list[Row] = []
     calls: dict[str, Call] = {}
-    facts: dict[str, dict[str, float]] = {}
+    fields: dict[str, dict[str, float]] = {}
     for name, model in models.items():
         start = time.perf_counter()
-        error = attempt(lambda model=model: find_error(model))
+        error = attempt(lambda model=model: judge.find_error({"tokens": infer(model, 0)}))
         first_s = time.perf_counter() - start
         if error:
             wrong.append(replace(about, provider=name, wrong=error))
             continue
         calls[name] = call(model)
-        facts[name] = {"peak_mib": peak_bytes(lambda m=model: infer(m, 0), device) / MIB, "error": errors[-1]}
+        fields[name] = {"peak_mib": peak_bytes(lambda m=model: infer(m, 0), device) / MIB, "error": judge.error}
         if is_compiled(name):
-            facts[name]["compile_s"] = first_s
-    if about.provider not in calls:
-        about = replace(about, provider=about.baseline)
-    timed = compare(plan, about, calls, Laps(device, kernels=False), budget_s=budget_s)
+            fields[name]["compile_s"] = first_s
+    timed = compare(plan, about, calls, Laps(device, kernels=False), fields=fields, budget_s=budget_s)
     for row in timed:
-        for field, value in facts[row.provider].items():
-            setattr(row, field, value)
         row.facts["clips/s"] = 1e3 * batch / row.p50_ms
     return wrong + timed

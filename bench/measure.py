@@ -6,8 +6,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from bench.precision import name_of
 from bench.rows import Row
 from bench.turns import Laps, Mark
+
+MIB = 2**20
 
 
 def saved_tensor_bytes(forward: Callable[[], object], existing: Iterable[Tensor]) -> int:
@@ -85,9 +88,8 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, f
 def ceiling_rows(device: torch.device, dtype: torch.dtype, about: dict[str, object]) -> list[Row]:
     """Both ceilings as rows."""
     copied, multiplied = measure_ceilings(device, dtype)
-    name = str(dtype).removeprefix("torch.")
     copy, product = {"GB/s": copied / 1e9}, {"TFLOP/s": multiplied / 1e12}
     return [
         Row("ceilings", "copy", "torch", "torch", facts=copy, about=about),
-        Row("ceilings", "matrix product", "torch", "torch", dtype=name, facts=product, about=about),
+        Row("ceilings", "matrix product", "torch", "torch", dtype=name_of(dtype), facts=product, about=about),
     ]

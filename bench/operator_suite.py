@@ -7,17 +7,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bench.accuracy import Judge, attempt
+from bench.accuracy import attempt, judge_workload, results
 from bench.compare import Plan, compare, is_compiled
-from bench.measure import measure_ceilings, peak_bytes, saved_tensor_bytes
+from bench.measure import MIB, measure_ceilings, peak_bytes, saved_tensor_bytes
 from bench.operators import WORKLOADS, Workloads
+from bench.precision import autocast, name_of
 from bench.provenance import provenance
 from bench.providers import find_providers
 from bench.rows import Row
-from bench.turns import Call, Laps, Mark
+from bench.turns import Call, Laps, Mark, unmarked
 from bench.workload import VIT_B, Floor, Form, Sizes, Workload
 
-MIB = 2**20
 BEYOND_CACHE = 256 * MIB
 """Inputs rotate through about so many bytes, more than a last-level cache holds."""
 
@@ -29,7 +29,7 @@ def caller(form: Form, workloads: Sequence[Workload], dtype: torch.dtype) -> Cal
 
     def call(turn: int, mark: Mark) -> None:
         workload = workloads[turn % len(workloads)]
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(device, dtype):
             outputs = form(workload.tensors)
         mark("forward")
         outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
@@ -89,14 +89,14 @@ def measure_operator(
         "fused",
         "reference",
         shape=first.shape,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=name_of(dtype),
         varies=varies,
         about=provenance(device),
     )
     rows: list[Row] = []
     calls: dict[str, Call] = {}
-    facts: dict[str, dict[str, float]] = {}
-    judge = Judge(first, dtype)
+    fields: dict[str, dict[str, float]] = {}
+    judge = judge_workload(first, dtype)
     modes = plan.compiler_modes(device) if compiled else {}
     for provider, form in find_providers(first, device, dtype, modes).items():
         if providers is not None and provider not in (*providers, "reference"):
@@ -106,23 +106,20 @@ def measure_operator(
             continue
         start = time.perf_counter()
         red = fused_red if provider.startswith("fused") else None
-        wrong = red or attempt(lambda form=form: judge.find_error(form))
+        wrong = red or attempt(lambda form=form: judge.find_error(results(first, form, dtype)))
         first_s = time.perf_counter() - start
         if wrong:
             rows.append(replace(about, provider=provider, wrong=wrong))
             continue
         calls[provider] = caller(form, workloads, dtype)
-        facts[provider] = measure_memory(form, calls[provider], first, device, dtype)
-        facts[provider]["error"] = judge.error
+        fields[provider] = measure_memory(form, calls[provider], first, device, dtype)
+        fields[provider]["error"] = judge.error
         if is_compiled(provider):
-            facts[provider]["compile_s"] = first_s
-    if "fused" not in calls:
-        about = replace(about, provider="reference")
+            fields[provider]["compile_s"] = first_s
     parts = ("forward", "backward", "all") if first.inputs else ("all",)
-    timed = compare(plan, about, calls, Laps(device, kernels=True), modes=parts, budget_s=budget_s)
+    laps = Laps(device, kernels=True)
+    timed = compare(plan, about, calls, laps, fields=fields, modes=parts, budget_s=budget_s)
     for row in timed:
-        for name, value in facts[row.provider].items():
-            setattr(row, name, value)
         add_floor(row, first, measure_ceilings(device, dtype))
     return rows + timed
 
@@ -133,11 +130,11 @@ def measure_memory(
     """Measure peak and saved bytes of a provider that has run before."""
 
     def forward() -> object:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(device, dtype):
             return form(workload.tensors)
 
     return {
-        "peak_mib": peak_bytes(lambda: call(0, lambda name: None), device) / MIB,
+        "peak_mib": peak_bytes(lambda: call(0, unmarked), device) / MIB,
         "saved_mib": saved_tensor_bytes(forward, workload.tensors.values()) / MIB,
     }
 

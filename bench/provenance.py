@@ -21,7 +21,7 @@ def provenance(device: torch.device) -> dict[str, str | int]:
         **({"driver": _driver()} if device.type == "cuda" else {}),
         "python": platform.python_version(),
         **{package: _version(package) for package in ("torch", "triton", "timm")},
-        "commit": _output(["git", "describe", "--always", "--dirty"]),
+        "commit": _commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }
 
@@ -32,6 +32,12 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "absent"
+
+
+@cache
+def _commit() -> str:
+    """Of the source when it was first asked for, which is about when it was loaded."""
+    return _output(["git", "describe", "--always", "--dirty"])
 
 
 @cache

@@ -66,7 +66,8 @@ def drop_in_section(devices: Mapping[str, Sequence[Row]], command: str) -> str:
         mine = [row for row in rows if row.suite == "drop-in"]
         if not mine:
             continue
-        parts.append(f"{name}: {describe_about(mine)}.")
+        commands = ", ".join(dict.fromkeys(f"`{row.about.get('command', COMMAND)}`" for row in mine))
+        parts.append(f"{name}, {commands}: {describe_about(mine)}.")
         lines = []
         for task in dict.fromkeys(row.task for row in mine):
             by_provider = _by_provider([row for row in mine if row.task == task])

@@ -1,7 +1,6 @@
 """The training steps and the inference that benchmarks run, each on one batch of random spectrograms."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +9,13 @@ from torch import Tensor, nn
 
 from audiomae import AudioClassifier, AudioClassifierConfig, AudioMAE, AudioMAEConfig, PatchMask
 from audiomae.training.optimizer import build_adamw, build_layer_decayed_adamw
-from bench.turns import Mark
+from bench.precision import autocast
+from bench.turns import Mark, unmarked
 
 ALL = slice(None)
 
-Gradient = tuple[Tensor, Tensor]
-"""A loss, and the gradients of all parameters as one vector."""
+Gradient = dict[str, Tensor]
+"""The ``"loss"``, and as ``"gradient"`` those of all parameters in one vector."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Step:
 
     def forward(self) -> Tensor:
         """Compute the loss."""
-        return self.loss(lambda name: None, ALL)
+        return self.loss(unmarked, ALL)
 
     def __call__(self, turn: int, mark: Mark) -> None:
         """Draw masks, compute loss and gradients, and take an optimiser step; does not wait for the device."""
@@ -58,11 +58,11 @@ class Step:
         parts = [slice(i, i + (clips or batch)) for i in range(0, batch, clips or batch)]
         losses, gradients = [], []
         for part in parts:
-            loss = self.loss(lambda name: None, part)
+            loss = self.loss(unmarked, part)
             found = torch.autograd.grad(loss, parameters)
             losses.append(loss.detach())
             gradients.append(torch.cat([gradient.flatten() for gradient in found]))
-        return sum(losses) / len(parts), sum(gradients) / len(parts)
+        return {"loss": sum(losses) / len(parts), "gradient": sum(gradients) / len(parts)}
 
 
 def build_pretraining_step(
@@ -131,8 +131,3 @@ def _in_precision(model: nn.Module, spec: Tensor, dtype: torch.dtype) -> Tensor:
         return spec
     model.double()
     return spec.double()
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Autocast to bfloat16 or float16; float32 and float64 are none."""
-    return torch.autocast(device.type, dtype) if dtype in (torch.bfloat16, torch.float16) else nullcontext()

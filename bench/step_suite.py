@@ -11,15 +11,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from audiomae import AudioMAE, AudioMAEConfig
 from audiomae.training.compiling import compile_blocks
-from bench.accuracy import ROUNDING, attempt
+from bench.accuracy import Judge, attempt
 from bench.compare import Plan, compare, is_compiled
-from bench.measure import measure_ceilings, peak_bytes, saved_tensor_bytes
+from bench.measure import MIB, measure_ceilings, peak_bytes, saved_tensor_bytes
+from bench.precision import name_of
 from bench.provenance import provenance
 from bench.rows import Row
 from bench.step import Gradient, Step, build_finetuning_step, build_pretraining_step
-from bench.turns import Laps, Mark
+from bench.turns import Laps, Mark, unmarked
 
-MIB = 2**20
 EXACT_CLIPS = 2
 """Clips at a time in float64, which takes much memory."""
 
@@ -34,34 +34,8 @@ CONFIGS: dict[str, Callable[[], AudioMAEConfig]] = {
 """Models whose pre-training step is measured, the default one first."""
 
 
-def find_distances(actual: Gradient, exact: Gradient) -> dict[str, float]:
-    """How far a loss and all gradients, as one vector, are from the exact ones, over the norm of these."""
-    pairs = zip(("loss", "gradient"), actual, exact, strict=True)
-    return {what: ((x.double() - truth).norm() / truth.norm()).item() for what, x, truth in pairs}
-
-
-def find_gradient_error(actual: Gradient, truth: Gradient, plain: Gradient, dtype: torch.dtype) -> str | None:
-    """Compare a step's loss and gradients with those in float64.
-
-    Args:
-        actual: What to check.
-        truth: Loss and gradients of the reference in float64.
-        plain: Those of the reference in ``dtype``.
-        dtype: Precision.
-
-    Returns:
-        What is off by more than twice the reference's own error and a rounding, or None.
-    """
-    allowed = find_distances(plain, truth)
-    for what, error in find_distances(actual, truth).items():
-        bound = 2 * allowed[what] + ROUNDING[dtype]
-        if not error <= bound:
-            return f"{what} is off by {error:.2e} of itself, expected at most {bound:.2e}"
-    return None
-
-
 def find_shares(step: Step, laps: Laps, rounds: int = 2) -> dict[str, float]:
-    """Find where a step that is not compiled spends its time: shares of masks, encoder, decoder, loss, optimiser.
+    """Find where a step spends its time: shares of masks, encoder, decoder, loss, optimiser.
 
     Forward and backward of a part count together; their borders are the encoder's and the decoder's output, in forward
     as the modules return them, in backward as their gradients are complete.
@@ -127,15 +101,11 @@ def measure_pretraining_step(
     with FlopCounterMode(display=False) as counter:
         plain = steps["reference"].gradient()
     about = Row(
-        "steps", task, "fused", "reference", shape={"batch": batch}, dtype=_name(dtype), about=provenance(device)
+        "steps", task, "fused", "reference", shape={"batch": batch}, dtype=name_of(dtype), about=provenance(device)
     )
     rows = measure_steps(plan, about, steps, truth, plain, dtype, device, budget_s=budget_s)
     right = {row.provider for row in rows if row.p50_ms}
-    shares = {
-        name: find_shares(step, Laps(device, kernels=False))
-        for name, step in steps.items()
-        if name in right & {"reference", "fused"}
-    }
+    shares = {name: find_shares(steps[name], Laps(device, kernels=False)) for name in right}
     if not compiled:
         reason = "compiling takes minutes here, and is measured with --full"
         names = [name + suffix for name in steps for suffix in plan.compiler_modes(device)]
@@ -166,7 +136,7 @@ def measure_finetuning_step(
         f"fused, {masked}",
         "fused, all patches",
         shape={"batch": batch},
-        dtype=_name(dtype),
+        dtype=name_of(dtype),
         about=provenance(device),
     )
     everything = build_finetuning_step("auto", device, batch, dtype, masked=False)
@@ -200,36 +170,24 @@ def measure_steps(
         unjudged: Steps that compute something else, for comparison.
         budget_s: About how long to time, in seconds.
     """
-    wrong, facts = [], {}
+    judge = Judge(truth, plain, dtype, whole=True)
+    wrong: list[Row] = []
+    fields: dict[str, dict[str, float]] = {}
     for name, step in steps.items():
         start = time.perf_counter()
-        computed: list[Gradient] = []
-
-        def check(step: Step = step, computed: list[Gradient] = computed) -> str | None:
-            computed.append(step.gradient())
-            return find_gradient_error(computed[0], truth, plain, dtype)
-
-        error = attempt(check)
+        error = attempt(lambda step=step: judge.find_error(step.gradient()))
         if error:
             wrong.append(replace(about, provider=name, wrong=error))
             continue
-        facts[name] = {"compile_s": time.perf_counter() - start} if is_compiled(name) else {}
-        facts[name]["error"] = max(find_distances(computed[0], truth).values())
-    right = {name: step for name, step in steps.items() if name in facts} | dict(unjudged or {})
+        fields[name] = {"compile_s": time.perf_counter() - start} if is_compiled(name) else {}
+        fields[name]["error"] = judge.error
+    right = {name: step for name, step in steps.items() if name in fields} | dict(unjudged or {})
     for name, step in right.items():
-        step(0, lambda part: None)  # makes the optimiser's state
+        step(0, unmarked)  # makes the optimiser's state
         existing = (*step.model.parameters(), *step.model.buffers(), *step.inputs)
-        facts.setdefault(name, {})["saved_mib"] = saved_tensor_bytes(step.forward, existing) / MIB
-        facts[name]["peak_mib"] = peak_bytes(lambda step=step: step(0, lambda part: None), device) / MIB
-    if about.provider not in right:
-        about = replace(about, provider=about.baseline)
-    timed = compare(plan, about, right, Laps(device, kernels=False), budget_s=budget_s)
+        fields.setdefault(name, {})["saved_mib"] = saved_tensor_bytes(step.forward, existing) / MIB
+        fields[name]["peak_mib"] = peak_bytes(lambda step=step: step(0, unmarked), device) / MIB
+    timed = compare(plan, about, right, Laps(device, kernels=False), fields=fields, budget_s=budget_s)
     for row in timed:
-        for name, value in facts[row.provider].items():
-            setattr(row, name, value)
         row.facts["clips/s"] = 1e3 * row.shape["batch"] / row.p50_ms
     return wrong + timed
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -16,6 +16,7 @@ from audiomae.training.command import share_processors
 from audiomae.training.distributed import join_ranks
 from audiomae.training.loop import autocast_dtype
 from bench.compare import Plan
+from bench.precision import name_of
 from bench.provenance import provenance
 from bench.rows import Row
 from bench.turns import spread
@@ -74,7 +75,7 @@ def test_demo(plan: Plan, rows: list[Row], tmp_path: Path, provider: str) -> Non
             provider,
             "reference",
             shape={"batch": config.batch_size, "workers": workers},
-            dtype=str(autocast_dtype(config.precision, ranks.device)).removeprefix("torch."),
+            dtype=name_of(autocast_dtype(config.precision, ranks.device)),
             p20_ms=low,
             p50_ms=middle,
             p80_ms=high,

@@ -106,7 +106,7 @@ def _decode_next(file: sf.SoundFile, count: int) -> np.ndarray:
     is_16_bit = file.subtype == "PCM_16"
     samples = file.read(count, dtype="int16" if is_16_bit else "float32", always_2d=True)
     # Adding channel by channel takes a tenth of the time that ``samples.mean(axis=1)`` takes.
-    mono = samples[:, 0].astype(np.float32)
+    mono = samples[:, 0].astype(np.float32, copy=file.channels > 1)
     for channel in range(1, file.channels):
         mono += samples[:, channel]
     scale = file.channels * (2**15 if is_16_bit else 1)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from audiomae import AudioMAEConfig
 from bench import operator_suite, step_suite
-from bench.accuracy import Judge, attempt
+from bench.accuracy import Judge, attempt, judge_workload, results
 from bench.compare import Plan
 from bench.inference_suite import measure_inference
 from bench.measure import measure_ceilings, peak_bytes, saved_tensor_bytes
@@ -16,7 +16,7 @@ from bench.operator_suite import measure_operator
 from bench.operators import WORKLOADS, Workloads
 from bench.providers import find_providers
 from bench.step import build_pretraining_step
-from bench.step_suite import find_gradient_error, find_shares, measure_pretraining_step
+from bench.step_suite import find_shares, measure_pretraining_step
 from bench.turns import Laps
 from bench.workload import Sizes
 
@@ -36,10 +36,10 @@ def workload(operator: str, dtype: torch.dtype = torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_provider_is_right(operator, dtype):
     load = workload(operator, dtype)
-    judge = Judge(load, dtype)
+    judge = judge_workload(load, dtype)
     for provider, form in find_providers(load, CPU, dtype, {}).items():
         if not isinstance(form, str):
-            assert judge.find_error(form) is None, provider
+            assert judge.find_error(results(load, form, dtype)) is None, provider
 
 
 @pytest.mark.parametrize("operator", WORKLOADS)
@@ -163,18 +163,25 @@ def test_flops_of_a_step_are_those_of_its_products():
 
 def test_a_gradient_in_parts_is_the_whole_one():
     step = build_pretraining_step("reference", CPU, 4, torch.float64, TINY)
-    (loss, gradient), (parts_loss, parts) = step.gradient(), step.gradient(2)
-    torch.testing.assert_close(parts_loss, loss)
-    torch.testing.assert_close(parts, gradient)
+    torch.testing.assert_close(step.gradient(2), step.gradient())
 
 
 def test_a_step_that_computes_something_else_is_wrong():
     truth = build_pretraining_step("reference", CPU, 2, torch.float64, TINY).gradient()
-    loss, gradient = plain = build_pretraining_step("auto", CPU, 2, torch.float32, TINY).gradient()
-    assert find_gradient_error(plain, truth, plain, torch.float32) is None
-    for other, what in (((1.001 * loss, gradient), "loss"), ((loss, 1.001 * gradient), "gradient")):
-        error = find_gradient_error(other, truth, plain, torch.float32)
-        assert error.startswith(f"{what} is off by 1.00e-03 of itself")
+    plain = build_pretraining_step("auto", CPU, 2, torch.float32, TINY).gradient()
+    judge = Judge(truth, plain, torch.float32, whole=True)
+    assert judge.find_error(plain) is None
+    assert 0 < judge.error < 1e-5
+    for what in ("loss", "gradient"):
+        error = judge.find_error(plain | {what: 1.001 * plain[what]})
+        assert error.startswith(f"{what} is off by ")
+        assert judge.error == pytest.approx(1e-3, rel=0.01)
+
+
+def test_a_bound_grows_with_the_rows_that_a_gradient_sums():
+    truth, off = {"x": torch.ones(4, dtype=torch.float64)}, {"x": torch.ones(4) + 3e-6}
+    assert Judge(truth, truth, torch.float32).find_error(off).startswith("x is off by ")
+    assert Judge(truth, truth, torch.float32, summed=4096).find_error(off) is None
 
 
 def test_shares_are_of_the_time():

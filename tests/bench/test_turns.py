@@ -44,19 +44,17 @@ def test_ratios_are_taken_round_by_round():
     assert turns.timing("theirs", "theirs", "all").ratio == 1
 
 
-def test_parts_are_timed_between_marks_and_add_up():
-    def call(turn, mark):
-        time.sleep(0.01)
-        mark("forward")
-        time.sleep(0.02)
-        mark("backward")
-        time.sleep(0.01)
-        mark("forward")
+def test_parts_are_timed_between_marks_and_add_up(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
-    parts = CPU.time(call, 0)
-    assert parts["forward"] == pytest.approx(20, abs=8)
-    assert parts["backward"] == pytest.approx(20, abs=8)
-    assert parts["all"] >= parts["forward"] + parts["backward"]
+    def call(turn, mark):
+        for seconds, name in ((0.25, "forward"), (0.5, "backward"), (0.125, "forward")):
+            now[0] += seconds
+            mark(name)
+        now[0] += 1
+
+    assert CPU.time(call, 0) == {"forward": 375, "backward": 500, "all": 1875}
 
 
 class FakeGPU:
@@ -81,9 +79,9 @@ class FakeGPU:
         monkeypatch.setattr(torch.cuda, "_sleep", self.slept.append)
 
     def call(self, turn, mark):
-        self.now += 2.0
+        self.now += 2000.0
         mark("forward")
-        self.now += 3.0
+        self.now += 3000.0
         mark("backward")
 
 
@@ -91,7 +89,7 @@ def test_kernels_are_timed_by_events_behind_a_spin(monkeypatch):
     gpu = FakeGPU(monkeypatch)
     laps = Laps(torch.device("cuda"), kernels=True)
     for turn in range(3):
-        assert laps.time(gpu.call, turn) == {"forward": 2.0, "backward": 3.0, "all": 5.0}
+        assert laps.time(gpu.call, turn) == {"forward": 2000, "backward": 3000, "all": 5000}
     assert len(gpu.slept) == 2  # the first call has not been seen before
     assert all(0 <= cycles <= 0.05 * 2e9 for cycles in gpu.slept)
 
@@ -99,8 +97,8 @@ def test_kernels_are_timed_by_events_behind_a_spin(monkeypatch):
 def test_a_step_on_a_gpu_takes_what_the_host_waits(monkeypatch):
     gpu = FakeGPU(monkeypatch)
     times = Laps(torch.device("cuda"), kernels=False).time(gpu.call, 0)
-    assert (times["forward"], times["backward"]) == (2.0, 3.0)
-    assert times["all"] < 2.0
+    assert (times["forward"], times["backward"]) == (2000, 3000)
+    assert times["all"] < 2000
     assert gpu.slept == []
 
 
@@ -131,6 +129,12 @@ def test_rounds_fit_the_budget(round_ms, rounds):
     turns = Turns({"ours": lambda turn, mark: {"all": round_ms}}, Clock())
     Plan().run(turns, budget_s=10)
     assert len(turns.samples["ours"]) == rounds
+
+
+def test_the_baseline_is_reported_where_the_provider_is_wrong():
+    calls = {"theirs": lambda turn, mark: {"all": 4.0}}
+    (row,) = compare(Plan(short=True), ABOUT, calls, Clock(), fields={"theirs": {"peak_mib": 2.0}})
+    assert (row.provider, row.ratio, row.peak_mib) == ("theirs", 1.0, 2.0)
 
 
 def test_pytest_benchmark_runs_the_rounds():
