@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from mae_kernels.patching import swin_torchvision, vit
+from mae_kernels.patching import parts, swin_torchvision
 from mae_kernels.patching.core import fuse_targets, unfuse
 from mae_kernels.patching.swin_torchvision import TARGETS
 from torch import nn
@@ -216,7 +216,8 @@ def test_whole_model(version, impl):
 @pytest.mark.parametrize("version", CLASSES)
 def test_calls_the_operators(version):
     fused = fused_copy(small_swin(version), TARGETS, "reference")
-    at = dict.fromkeys(("layer_norm_add", "window_attention", "mlp"), swin_torchvision) | {"add_layer_norm": vit}
+    at = dict.fromkeys(("window_attention", "mlp"), swin_torchvision)
+    at |= dict.fromkeys(("add_layer_norm", "layer_norm_add"), parts)
     expected = {"window_attention": 4, "mlp": 4, "add_layer_norm": 4, "layer_norm_add": 0}
     if version == "v2":
         expected |= {"add_layer_norm": 0, "layer_norm_add": 8}

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import timm
 import torch
-from mae_kernels.patching import vit
+from mae_kernels.patching import parts, vit
 from mae_kernels.patching.core import fuse_targets, unfuse
 from mae_kernels.patching.vit import TARGETS
 from timm.layers import Attention, Mlp, RmsNorm, get_act_layer
@@ -188,8 +188,8 @@ def test_whole_model_with_kernels():
 def test_calls_the_operators():
     fused = fused_copy(small_vit(), TARGETS, "reference")
     with ExitStack() as stack:
-        for name in ("add_layer_norm", "flash_attention", "mlp"):
-            calls = stack.enter_context(mock.patch.object(vit, name, wraps=getattr(vit, name)))
+        for name, module in (("add_layer_norm", parts), ("flash_attention", vit), ("mlp", vit)):
+            calls = stack.enter_context(mock.patch.object(module, name, wraps=getattr(module, name)))
             fused(torch.randn(IMAGE))
             assert [call.kwargs["impl"] for call in calls.call_args_list] == ["reference"] * 2, name
 

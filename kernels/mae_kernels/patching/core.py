@@ -217,3 +217,9 @@ def hooks_of(module: nn.Module) -> Iterator[Any]:
     """All hooks of a module's own."""
     for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         yield from getattr(module, name).values()
+
+
+def is_plain(part: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether a part can still be read instead of called: :func:`find_unexpected` for every call, so without words."""
+    hooks = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+    return type(part) is cls and not hooks

@@ -16,23 +16,16 @@ values are made, and lets the padding take part in attention; so do V1 and V2 he
 timm 1.0.15 to 1.0.31 is known.
 """
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mae_kernels.ops.layer_norm_add import layer_norm_add
 from mae_kernels.ops.window_attention import window_attention
 from mae_kernels.patching.core import Fused, Target, find_unexpected
-from mae_kernels.patching.swin_torchvision import normed_dtype
-from mae_kernels.patching.vit import add_to_stream, draw_scale, find_norm_refusal, known_classes
+from mae_kernels.patching.parts import add_normed, add_to_stream, cosine_options, find_norm_refusal, known_classes
 from mae_kernels.windows import padded_grid, window_mask
-
-# F.normalize takes a norm for 1e-12 at least; window_attention has one bound for a product of two.
-_LEAST_NORMS = 1e-24
-_LARGEST_SCALE = 100.0
 
 
 def masks_its_seam(block: Any, x: Tensor, resolution: tuple[int, int]) -> bool:
@@ -95,29 +88,11 @@ def attend_windows(block: Any, x: Tensor, qkv: Tensor, bias: Tensor, **options: 
     return block.attn.proj_drop(block.attn.proj(out))
 
 
-def cosine_options(attn: Any) -> dict[str, Any]:
-    """What ``window_attention`` is told for attention by cosines with a learnt scale."""
-    scale = attn.logit_scale.clamp(max=math.log(_LARGEST_SCALE)).exp().flatten()
-    return {"scale": scale, "cosine": True, "cosine_eps": _LEAST_NORMS}
-
-
-def add_normed(branch: Tensor, stream: Tensor, norm: nn.LayerNorm, drop: nn.Module, impl: str) -> Tensor:
-    """Normalise a branch and add it, with the drop path between, to the stream.
-
-    Args:
-        branch: ``(B, ..., C)``.
-        stream: ``(B, ..., C)``.
-        norm: Of the branch.
-        drop: The drop path.
-        impl: Form of the operator.
-
-    Returns:
-        The new stream, in the dtype that a plain addition gives.
-    """
-    dtype = normed_dtype(branch)
-    scale = draw_scale(drop, getattr(drop, "drop_prob", 0.0), branch, dtype)
-    stream = stream.to(torch.promote_types(stream.dtype, dtype))
-    return layer_norm_add(branch, stream, norm.weight, norm.bias, eps=norm.eps, branch_scale=scale, impl=impl)
+def run_post_norm(block: Any, attended: Tensor, x: Tensor) -> Tensor:
+    """Add the attention's branch and the MLP's to a block's tokens ``x (B, H, W, C)``; returns ``(B, H W, C)``."""
+    first, second = (getattr(drop, "drop_prob", 0.0) for drop in (block.drop_path1, block.drop_path2))
+    x = add_normed(attended, x, block.norm1, block.drop_path1, first, block.fused_impl).flatten(1, 2)
+    return add_normed(block.mlp(x), x, block.norm2, block.drop_path2, second, block.fused_impl)
 
 
 class SwinBlock(Fused, nn.Module):
@@ -177,14 +152,11 @@ class SwinBlockV2(Fused, nn.Module):
         table = 16 * attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads).sigmoid()
         area = self.window_size[0] * self.window_size[1]
         position_bias = table[attn.relative_position_index.view(-1)].view(1, area, area, -1)
-        return attend_windows(self, x, qkv, position_bias.permute(0, 3, 1, 2), **cosine_options(attn))
+        return attend_windows(self, x, qkv, position_bias.permute(0, 3, 1, 2), **cosine_options(attn.logit_scale))
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block to ``x (B, H, W, C)``."""
-        grid = x.shape[1:3]
-        x = add_normed(self._attn(x), x, self.norm1, self.drop_path1, self.fused_impl).flatten(1, 2)
-        x = add_normed(self.mlp(x), x, self.norm2, self.drop_path2, self.fused_impl)
-        return x.unflatten(1, grid)
+        return run_post_norm(self, self._attn(x), x).unflatten(1, x.shape[1:3])
 
 
 class SwinBlockV2Cr(Fused, nn.Module):
@@ -208,14 +180,11 @@ class SwinBlockV2Cr(Fused, nn.Module):
         qkv = attn.qkv(x)
         # After the projection, as in timm: it draws dropout.
         bias = attn._relative_positional_encodings()
-        return attend_windows(self, x, qkv, bias, **cosine_options(attn))
+        return attend_windows(self, x, qkv, bias, **cosine_options(attn.logit_scale))
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block to ``x (B, H, W, C)``."""
-        grid = x.shape[1:3]
-        x = add_normed(self._shifted_window_attn(x), x, self.norm1, self.drop_path1, self.fused_impl).flatten(1, 2)
-        x = add_normed(self.mlp(x), x, self.norm2, self.drop_path2, self.fused_impl)
-        return self.norm3(x).unflatten(1, grid)
+        return self.norm3(run_post_norm(self, self._shifted_window_attn(x), x)).unflatten(1, x.shape[1:3])
 
 
 def find_attention_refusal(block: Any, name: str, *parts: str) -> str | None:

@@ -10,22 +10,23 @@ are made, which take part in attention.
 torchvision 0.26 and 0.27 are known.
 """
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mae_kernels.ops.layer_norm_add import layer_norm_add
 from mae_kernels.ops.mlp import mlp
 from mae_kernels.ops.window_attention import window_attention
 from mae_kernels.patching.core import Fused, Target, find_unexpected
-from mae_kernels.patching.vit import add_to_stream, draw_scale, find_mlp_refusal, find_norm_refusal, known_classes
-
-# F.normalize takes a norm for 1e-12 at least; window_attention has one bound for a product of two.
-_LEAST_NORMS = 1e-24
-_LARGEST_SCALE = 100.0
+from mae_kernels.patching.parts import (
+    add_normed,
+    add_to_stream,
+    cosine_options,
+    find_mlp_refusal,
+    find_norm_refusal,
+    known_classes,
+)
 
 
 def attend_windows(module: Any, x: Tensor, qkv_bias: Tensor | None, **options: Any) -> Tensor:
@@ -92,8 +93,7 @@ class WindowAttentionV2(Fused, nn.Module):
         if bias is not None:  # the keys' part is there, and not used
             of_q, of_k, of_v = bias.chunk(3)
             bias = torch.cat((of_q, torch.zeros_like(of_k), of_v))
-        scale = self.logit_scale.clamp(max=math.log(_LARGEST_SCALE)).exp().flatten()
-        return attend_windows(self, x, bias, scale=scale, cosine=True, cosine_eps=_LEAST_NORMS)
+        return attend_windows(self, x, bias, **cosine_options(self.logit_scale))
 
 
 class SwinMlp(Fused, nn.Module):
@@ -139,22 +139,8 @@ class SwinBlockV2(Fused, nn.Module):
         drop = self.stochastic_depth
         rate = getattr(drop, "p", 0.0)
         for branch, norm in ((self.attn, self.norm1), (self.mlp, self.norm2)):
-            out = branch(x)
-            dtype = normed_dtype(out)
-            stream = x.to(torch.promote_types(x.dtype, dtype))
-            scale = draw_scale(drop, rate, out, dtype)
-            x = layer_norm_add(
-                out, stream, norm.weight, norm.bias, eps=norm.eps, branch_scale=scale, impl=self.fused_impl
-            )
+            x = add_normed(branch(x), x, norm, drop, rate, self.fused_impl)
         return x
-
-
-def normed_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that a LayerNorm makes of ``x``: autocast runs it in float32, but not on CPUs."""
-    device_type = "cuda" if x.device.type == "meta" else x.device.type
-    if device_type != "cpu" and torch.is_autocast_enabled(device_type):
-        return torch.promote_types(x.dtype, torch.float32)
-    return x.dtype
 
 
 def find_attention_refusal(module: Any) -> str | None:

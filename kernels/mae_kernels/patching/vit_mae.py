@@ -19,7 +19,7 @@ from mae_kernels.ops.mlp import mlp
 from mae_kernels.ops.patch_embed import patch_embed
 from mae_kernels.ops.restore_tokens import restore_tokens
 from mae_kernels.patches import grid_shape
-from mae_kernels.patching.core import Fused, Target, find_unexpected, hooks_of
+from mae_kernels.patching.core import Fused, Target, find_unexpected, hooks_of, is_plain
 from mae_kernels.patching.mae import find_other_arguments, place_ids, removed_ids
 
 LIBRARY = "transformers.models.vit_mae.modeling_vit_mae"
@@ -39,12 +39,6 @@ MODEL_FIELDS = ("loss", "logits", "mask", "ids_restore", "hidden_states", "atten
 def sized(like: Tensor, *shape: int) -> Tensor:
     """A tensor of which only the shape means something, in no memory."""
     return like.new_empty(1).expand(shape)
-
-
-def is_plain(part: nn.Module, cls: type[nn.Module]) -> bool:
-    """Whether a part can still be read instead of called: :func:`find_unexpected` for every call, so without words."""
-    hooks = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-    return type(part) is cls and not hooks
 
 
 def output_class(module: Any) -> Any:
