@@ -2,22 +2,12 @@
 
 import torch
 import torch.nn.functional as F
+from mae_kernels import positions
 from torch import Tensor
 
 
-def sincos_1d(positions: Tensor, dim: int) -> Tensor:
-    """Sine-cosine embedding ``(N, dim)`` of ``positions (N,)``: all sines, then all cosines (Vaswani et al. 2017).
-
-    Frequencies fall geometrically from 1 to almost 1/10000.
-    """
-    half = dim // 2
-    omega = 10000.0 ** -(torch.arange(half, dtype=torch.float64) / half)
-    angles = positions.double()[:, None] * omega
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-
 def sincos_2d(grid: tuple[int, int], dim: int, *, layout: str = "true") -> Tensor:
-    """Position table ``(1, 1 + L, dim)`` of a grid, with zeros for the class token, in PyTorch's default dtype.
+    """Position table ``(1, 1 + L, dim)`` of a grid, with zeros for the class token, in PyTorch's default dtype, on its default device.
 
     The first half of a row embeds the *second* grid axis (frequency) and the second half the first (time), as in
     published MAE code, whose mesh puts the width first.
@@ -31,15 +21,10 @@ def sincos_2d(grid: tuple[int, int], dim: int, *, layout: str = "true") -> Tenso
     Raises:
         ValueError: ``dim`` is no multiple of 4, or ``layout`` is unknown.
     """
-    if dim % 4:
-        raise ValueError(f"a 2-D sine-cosine embedding has {dim} dimensions, expected a multiple of 4")
     if layout not in ("true", "official"):
         raise ValueError(f"position_grid is {layout!r}, expected 'true' or 'official'")
-    columns = grid[1] if layout == "true" else grid[0]
-    tokens = torch.arange(grid[0] * grid[1])
-    first, second = tokens % columns, tokens // columns
-    table = torch.cat([sincos_1d(first, dim // 2), sincos_1d(second, dim // 2)], dim=1)
-    return F.pad(table, (0, 0, 1, 0))[None].to(torch.get_default_dtype())
+    table = positions.sincos_2d(grid if layout == "true" else (grid[1], grid[0]), dim)
+    return F.pad(table, (0, 0, 1, 0))[None].to(torch.get_default_device(), torch.get_default_dtype())
 
 
 def fit_positions(table: Tensor, source: tuple[int, int], target: tuple[int, int]) -> tuple[Tensor, str]:

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 import torch
+from mae_kernels.positions import sincos_1d
 from numpy.typing import NDArray
 
-from audiomae.positions import fit_positions, sincos_1d, sincos_2d
+from audiomae.positions import fit_positions, sincos_2d
 
 GRIDS = [(64, 8), (8, 64), (5, 3), (1, 7), (101, 12)]
 

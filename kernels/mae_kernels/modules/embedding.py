@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from mae_kernels._checks import pair
 from mae_kernels._forms import check_impl
-from mae_kernels.modules._positions import Position, add_table, check_position, reset_table
 from mae_kernels.modules._sizes import check_count, patch_grid, read_grid
+from mae_kernels.modules._tables import Position, add_table, check_position, reset_table
 from mae_kernels.ops.patch_embed import patch_embed
 from mae_kernels.ops.restore_tokens import restore_tokens
 

@@ -6,24 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mae_kernels.positions import sincos_2d
+
 Position = Literal["learned", "sincos"]
-
-
-def _sincos_1d(places: Tensor, dim: int) -> Tensor:
-    """Embed ``places (L,)`` as ``(L, dim)``: all sines, then all cosines (Vaswani et al. 2017)."""
-    half = dim // 2
-    omega = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device="cpu") / half)
-    angles = places[:, None] * omega
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-
-def sincos_2d(grid: tuple[int, int], dim: int) -> Tensor:
-    """Embed a grid row-major as ``(rows * columns, dim)``, float64, on the CPU.
-
-    The first half of a row embeds its column and the second half its row, as in MAE, whose mesh puts the width first.
-    """
-    tokens = torch.arange(grid[0] * grid[1], device="cpu")
-    return torch.cat([_sincos_1d(tokens % grid[1], dim // 2), _sincos_1d(tokens // grid[1], dim // 2)], dim=1)
 
 
 def check_position(module: str, position: str | None, grid: tuple[int, int] | None, dim: int) -> None:
