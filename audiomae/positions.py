@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def sincos_2d(grid: tuple[int, int], dim: int, *, layout: str = "true") -> Tensor:
-    """Position table ``(1, 1 + L, dim)`` of a grid, with zeros for the class token, in PyTorch's default dtype, on its default device.
+    """Position table ``(1, 1 + L, dim)`` of a grid, with zeros for the class token, in PyTorch's default dtype.
 
     The first half of a row embeds the *second* grid axis (frequency) and the second half the first (time), as in
     published MAE code, whose mesh puts the width first.
