@@ -29,8 +29,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from audiomae.atomic import replacing
 from audiomae.checkpoints import load_encoder
-from audiomae.checkpoints.files import replacing
 from audiomae.data.windowed import ClipWindows, HeardClip, UnreadableClip, hear_clips, list_clips
 from audiomae.embedding import WindowEmbedder
 from audiomae.training.command import run_on_files, share_processors
@@ -58,6 +58,8 @@ class ExtractConfig:
     it has one."""
     frames: bool = False
     """Also store an embedding of each time step."""
+    allow_outside: bool = False
+    """Allow paths in manifests that lead out of the manifest's folder."""
 
     batch_size: int = 16
     """Windows at a time, of as many clips as it takes."""
@@ -225,7 +227,7 @@ def build(config: ExtractConfig, ranks: Ranks) -> Job:
     if config.batch_size < 1:
         raise ValueError(f"batch_size is {config.batch_size}, expected at least 1")
     check_out(config.out)
-    manifest = list_clips(config.files)
+    manifest = list_clips(config.files, allow_outside=config.allow_outside)
     encoder_config, encoder = load_encoder(config.checkpoint)
     embedder = WindowEmbedder(encoder_config, encoder.to(ranks.device), config.layer)
     config.out.parent.mkdir(parents=True, exist_ok=True)

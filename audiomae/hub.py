@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from safetensors.torch import save
 from torch import nn
 
+from audiomae.atomic import replacing
 from audiomae.config import EncoderConfig
 
 PAPER = "https://arxiv.org/abs/2207.06405"
@@ -119,7 +120,7 @@ class HubModel(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write the weights alone; the mixin writes the rest."""
-        from audiomae.checkpoints.files import HUB_FILES, replacing
+        from audiomae.checkpoints.files import HUB_FILES
 
         state = cast(nn.Module, self).state_dict()
         with replacing(save_directory / HUB_FILES[0]) as temporary:

@@ -55,6 +55,8 @@ class PredictConfig:
     """Tell of each window, too."""
     json: bool = False
     """Print JSON, one line for each file."""
+    allow_outside: bool = False
+    """Allow paths in manifests that lead out of the manifest's folder."""
 
     batch_size: int = 16
     """Windows at a time, of as many files as it takes."""
@@ -102,7 +104,7 @@ def build(config: PredictConfig, ranks: Ranks) -> Job:
     for name in ("top", "batch_size"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}, expected at least 1")
-    manifest = list_clips(config.files)
+    manifest = list_clips(config.files, allow_outside=config.allow_outside)
     model = load_classifier(config.checkpoint).to(ranks.device).eval()
     if model.config.in_channels != 1:
         raise ValueError(

@@ -27,8 +27,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
+from audiomae.atomic import replacing
 from audiomae.checkpoints import load_model
-from audiomae.checkpoints.files import replacing
 from audiomae.data import ClipError, read_manifest, read_waveform
 from audiomae.frontend import LogMel
 from audiomae.grid import PatchGrid

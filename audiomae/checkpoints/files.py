@@ -1,12 +1,10 @@
-"""Checkpoint files: safe reading, from a file, a folder or the Hugging Face Hub, and atomic writing."""
+"""Checkpoint files: safe reading, from a file, a folder or the Hugging Face Hub."""
 
 import argparse
 import json
-import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from audiomae.checkpoints.checksum import checksum_matches
 from audiomae.checkpoints.names import is_native, listed
 
 NATIVE_METADATA = "audiomae_config"
@@ -38,6 +37,10 @@ SAFE_GLOBALS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read, or does not fit."""
+
+
+class BrokenFileError(CheckpointError):
+    """A checkpoint whose bytes are not those that were written."""
 
 
 class Contents(NamedTuple):
@@ -110,11 +113,14 @@ def load_pickle(path: Path) -> dict[str, Any]:
     Unpickles tensors, plain values and what official files hold, and nothing else.
 
     Raises:
-        CheckpointError: No such dictionary, corrupt, or holding other classes.
+        BrokenFileError: Empty, truncated or corrupt.
+        CheckpointError: No dictionary, or holding other classes.
     """
     head = _head(path)
     if not head.startswith((b"PK\x03\x04", b"\x80")):
-        raise CheckpointError(f"{path} is neither a safetensors nor a torch.save file: it begins with {head!r}")
+        raise BrokenFileError(f"{path} is neither a safetensors nor a torch.save file: it begins with {head!r}")
+    if not checksum_matches(path):
+        raise BrokenFileError(f"{path} is corrupt: its bytes do not match its checksum")
     try:
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -124,34 +130,17 @@ def load_pickle(path: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path} holds a pickled {refused[1]}, which could run code and is refused: expected tensors by name"
             ) from error
-        raise CheckpointError(f"{path} is truncated, corrupt or no torch.save file of tensors") from error
+        raise BrokenFileError(f"{path} is truncated, corrupt or no torch.save file of tensors") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds {type(content).__name__}, expected a dictionary of tensors")
     return content
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write to, which becomes ``path`` at the end: at no time is there half a file.
-
-    Raises:
-        FileNotFoundError: No such directory.
-    """
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"no such directory: {path.parent}")
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _head(path: Path) -> bytes:
     with path.open("rb") as file:
         head = file.read(24)
     if not head:
-        raise CheckpointError(f"{path} is empty, expected a checkpoint")
+        raise BrokenFileError(f"{path} is empty, expected a checkpoint")
     return head
 
 

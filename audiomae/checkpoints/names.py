@@ -21,6 +21,7 @@ DECODER = {
 }
 CLASSIFIER = ("fc_norm", "head")
 """First parts of the names that a classifier adds to an encoder."""
+LONGEST_NAME = 100
 
 
 def from_official(tensors: Mapping[str, T]) -> dict[str, T]:
@@ -82,7 +83,13 @@ def is_native(name: str) -> bool:
 def listed(names: list[str], limit: int = 4) -> str:
     """Join the first names, and count the others."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return ", ".join(map(shown, names[:limit])) + more
+
+
+def shown(name: str) -> str:
+    """A name as messages show it: in a line, and not of megabytes."""
+    cut = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..."
+    return cut if cut.isprintable() else repr(cut)
 
 
 def _rename(tensors: Mapping[str, T], prefixes: Mapping[str, str]) -> dict[str, T]:

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from audiomae.checkpoints.files import NATIVE_CONFIG, NATIVE_METADATA, NATIVE_MODEL, replacing
+from audiomae.atomic import replacing
+from audiomae.checkpoints.files import NATIVE_CONFIG, NATIVE_METADATA, NATIVE_MODEL
 from audiomae.checkpoints.names import is_classifier, to_official
 from audiomae.checkpoints.shapes import check_state
 from audiomae.classifier import AudioClassifier

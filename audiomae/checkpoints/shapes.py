@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from audiomae.checkpoints.files import CheckpointError, check_tensors
+from audiomae.checkpoints.names import shown
 from audiomae.classifier import AudioClassifier, AudioClassifierConfig
 from audiomae.config import ENCODER_SIZES, EncoderConfig
 from audiomae.grid import PatchGrid
@@ -18,6 +19,7 @@ from audiomae.positions import sincos_2d
 MEL_BINS = 128
 HEAD_DIM = 64
 NUM_HEADS = {embed_dim: num_heads for embed_dim, _, num_heads in ENCODER_SIZES.values()}
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Wide enough for a table stored in bfloat16, and far below the distance between the layouts.
 POSITION_TOLERANCE = 1e-2
 
@@ -84,16 +86,50 @@ def check_state(config: EncoderConfig, state: Mapping[str, Tensor]) -> None:
     An encoder alone may lack its final norm: fine-tuning pools before it and drops it.
 
     Raises:
-        ValueError: Missing or unknown tensors, wrong shapes, or a configuration that makes no model.
+        ValueError: Missing or unknown tensors, wrong shapes, tensors of another kind than weights, or a configuration
+            that makes no model.
     """
-    with torch.device("meta"):
-        model = build_model(config)
+    check_kinds(state)
+    _check_sizes(config, state)
+    try:
+        with torch.device("meta"):
+            model = build_model(config)
+    except (RuntimeError, OverflowError) as error:  # PyTorch's own, of sizes that no tensor has
+        raise CheckpointError(f"its sizes make no model: {str(error).partition(chr(10))[0]}") from error
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if isinstance(model, AudioMAE) and not has_decoder(state):
         expected = {name: shape for name, shape in expected.items() if name.startswith("encoder.")}
         if not any(name.startswith("encoder.norm.") for name in state):
             expected = {name: shape for name, shape in expected.items() if not name.startswith("encoder.norm.")}
     check_tensors(expected, state)
+
+
+def check_kinds(state: Mapping[str, Tensor]) -> None:
+    """Check that tensors are what weights are: dense, of floating-point numbers, each with a place of its own.
+
+    Raises:
+        CheckpointError: Other tensors; names the first one.
+    """
+    for name, tensor in state.items():
+        if tensor.layout is not torch.strided or tensor.is_nested or tensor.dtype not in FLOATS:
+            layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+            kind = f"a {layout} tensor of {str(tensor.dtype).removeprefix('torch.')}"
+            raise CheckpointError(f"{shown(name)} is {kind}, expected a strided one of floating-point numbers")
+        if tensor.is_meta or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            raise CheckpointError(f"{shown(name)} of shape {tuple(tensor.shape)} has fewer numbers than its shape tells")
+
+
+def _check_sizes(config: EncoderConfig, state: Mapping[str, Tensor]) -> None:
+    """Check the sizes that a model takes long to be made of, or much memory, even without its weights."""
+    decoder = isinstance(config, AudioMAEConfig) and has_decoder(state)
+    blocks = config.depth + (config.decoder_depth or 0 if decoder else 0)
+    if blocks > len(state):
+        raise CheckpointError(f"{blocks} blocks, but {len(state)} tensors, expected some for each")
+    tables = {"encoder.pos_embed": config.embed_dim}
+    if decoder:
+        tables["decoder.pos_embed"] = config.decoder_dim
+    expected = {name: (1, 1 + config.grid.num_patches, width) for name, width in tables.items()}
+    check_tensors(expected, {name: state[name] for name in tables if name in state})
 
 
 def _shape(state: Mapping[str, Tensor], name: str, dims: int) -> tuple[int, ...]:

@@ -54,6 +54,8 @@ class CheckConfig:
     """With manifest and audioset: clips that choose the best epoch."""
     test: str | None = None
     """With manifest and audioset: clips to report on."""
+    allow_outside: bool = False
+    """Allow paths in manifests that lead out of the manifest's folder."""
     open_files: Annotated[bool, tyro.conf.arg(name="open")] = False
     """Open every file and read its header."""
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None
@@ -278,7 +280,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
     config = tyro.cli(CheckConfig, args=arguments, prog=f"python -m {PROG}", description=__doc__)
     try:
-        found = survey(config.name, config.root, labels=config.labels, valid=config.valid, test=config.test)
+        found = survey(
+            config.name,
+            config.root,
+            labels=config.labels,
+            valid=config.valid,
+            test=config.test,
+            allow_outside=config.allow_outside,
+        )
         report = check(found, open_files=config.open_files)
         if config.json_file is not None:
             config.json_file.write_text(json.dumps(asdict(report), indent=2) + "\n")

@@ -75,8 +75,9 @@ class LabelledClips(Dataset[Example]):
 
     Raises:
         ValueError: SpecAugment that may remove more than there is.
-        ClipError: On access, for a file that is missing, no audio, empty, cut off, or holds samples that are not
-            finite.
+        ClipError: On access, for a file that is missing, no audio, empty, cut off, or holds samples that are not finite
+            or far too large; its ``clip`` is the clip's number, or that of the partner that cannot be read. Silence may
+            be a class and is none of these.
     """
 
     def __init__(

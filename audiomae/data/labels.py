@@ -13,6 +13,9 @@ import numpy as np
 from audiomae.data.manifests import Manifest, ManifestError, csv_records
 
 _CSV_COLUMNS = ("index", "mid", "display_name")
+_LONGEST = (
+    100  # of labels in messages, and of those that are worth a hint: difflib takes minutes for two lines of 100 kB
+)
 
 
 class LabelError(ManifestError):
@@ -72,7 +75,7 @@ class Labels:
             raise LabelError(f"{len(self.names)} names for {len(self.keys)} labels in {self.source}")
         if len(self._index) < len(self.keys):
             twice = next(key for i, key in enumerate(self.keys) if self._index[key] != i)
-            raise LabelError(f"label {twice!r} stands twice in {self.source}")
+            raise LabelError(f"label {_shown(twice)} stands twice in {self.source}")
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -90,13 +93,15 @@ class Labels:
         try:
             return self._index[key]
         except KeyError:
-            raise LabelError(f"label {key!r} is not in {self.source}{self._hint(key)}") from None
+            raise LabelError(f"label {_shown(key)} is not in {self.source}{self._hint(key)}") from None
 
     def _hint(self, key: str) -> str:
         for name, known in zip(self.names, self.keys, strict=True):
             if name == key:
-                return f", where {name!r} has the key {known!r}"
-        close = difflib.get_close_matches(key, self.keys, n=1)
+                return f", where {_shown(name)} has the key {_shown(known)}"
+        if len(key) > _LONGEST:
+            return ""
+        close = difflib.get_close_matches(key, [known for known in self.keys if len(known) <= _LONGEST], n=1)
         return f"; did you mean {close[0]!r}?" if close else ""
 
     def indices(self, manifest: Manifest, *, single: bool = False) -> ClassIds:
@@ -143,6 +148,10 @@ def labels_found(manifest: Manifest) -> set[str]:
     return set(chain.from_iterable(map(manifest.labels, range(len(manifest)))))
 
 
+def _shown(label: str) -> str:
+    return repr(label) if len(label) <= _LONGEST else f"{label[:_LONGEST]!r}..."
+
+
 def _place(manifest: Manifest, clip: int) -> str:
     return f"clip {clip} ({manifest.path(clip)})"
 
@@ -163,7 +172,7 @@ def read_labels(path: str | Path) -> Labels:
     if not path.exists():
         raise FileNotFoundError(f"no such label file: {path}")
     readers = {".csv": _read_csv, ".txt": _read_txt}
-    if path.suffix.lower() not in readers:
+    if path.suffix.lower() not in readers or not path.is_file():
         raise LabelError(f"{path}: a label file is a .csv or a .txt")
     try:
         keys, names = readers[path.suffix.lower()](path)
@@ -177,9 +186,9 @@ def _read_csv(path: Path) -> tuple[Sequence[str], Sequence[str]]:
     for number, (line, row) in enumerate(csv_records(path, *((column,) for column in _CSV_COLUMNS))):
         index, key, name = (row[column] for column in _CSV_COLUMNS)
         if index != str(number):
-            raise LabelError(f"line {line}: index is {index!r}, expected {number}")
+            raise LabelError(f"line {line}: index is {_shown(index)}, expected {number}")
         if not key or not name:
-            raise LabelError(f"line {line}: mid is {key!r} and display_name {name!r}, expected both")
+            raise LabelError(f"line {line}: mid is {_shown(key)} and display_name {_shown(name)}, expected both")
         keys.append(key)
         names.append(name)
     return keys, names

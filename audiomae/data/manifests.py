@@ -1,6 +1,7 @@
 """Lists of clips: the embedded demo clips, a folder, a CSV, or the JSON of AST and Audio-MAE."""
 
 import csv
+import hashlib
 import json
 import math
 import os
@@ -15,9 +16,11 @@ import soundfile as sf
 Clip = tuple[str, Sequence[str]] | tuple[str, Sequence[str], float, float | None]
 """(path, labels), or (path, labels, start, duration) of a part of a file, in seconds; no duration is to its end."""
 
+_Inside = Callable[[str], bool]
 _PATH_COLUMNS = ("path", "file", "filename", "wav")
-_LABEL_SEPARATOR = "\x1f"  # inside a manifest only; no name of a label holds it
+_LABEL_SEPARATOR = "\x1f"  # inside a manifest only; no label may hold it
 _WHOLE_FILE = array("d", [0.0, math.inf])  # start and duration
+_MAX_SECONDS = 1e9  # 32 years
 _ALIASES = {
     "AIFF": ("aif", "aifc"),
     "AU": ("snd",),
@@ -51,6 +54,11 @@ class _PackedStrings:
         index = range(len(self))[index]
         return self._data[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogateescape")
 
+    @property
+    def buffers(self) -> "tuple[bytearray, array[int]]":
+        """All strings, one after the other, and where each ends, after a 0."""
+        return self._data, self._ends
+
 
 class Manifest:
     """Clips and their labels, in a form that holds millions and that worker processes share.
@@ -61,7 +69,8 @@ class Manifest:
         root: Folder that relative paths start from.
 
     Raises:
-        ManifestError: For no clips, a path that is empty or cannot be a path, or a part that cannot be one.
+        ManifestError: For no clips, a path that is empty or cannot be a path, a label with the character U+001F, or a
+            part that cannot be one.
     """
 
     def __init__(self, clips: Iterable[Clip], root: str | Path = "."):
@@ -76,16 +85,23 @@ class Manifest:
                 raise ManifestError(f"clip {number}: {path!r} is no path")
             self._append_segment(number, start, duration)
             self._paths.append(path)
-            self._labels.append(_LABEL_SEPARATOR.join(labels))
+            joined = _LABEL_SEPARATOR.join(labels)
+            if joined.count(_LABEL_SEPARATOR) >= max(len(labels), 1):
+                raise ManifestError(
+                    f"clip {number}: labels {reprlib.repr(list(labels))}, expected none with {_LABEL_SEPARATOR!r}"
+                )
+            self._labels.append(joined)
             self.has_labels |= bool(labels)
         if not self._paths:
             raise ManifestError("no clips")
 
     def _append_segment(self, number: int, start: float, duration: float | None) -> None:
-        if not 0 <= start < math.inf:
-            raise ManifestError(f"clip {number}: start is {start} s, expected at least 0")
-        if duration is not None and not 0 < duration < math.inf:
-            raise ManifestError(f"clip {number}: duration is {duration} s, expected more than 0")
+        if not 0 <= start <= _MAX_SECONDS:
+            raise ManifestError(f"clip {number}: start is {start} s, expected at least 0 and at most {_MAX_SECONDS:g}")
+        if duration is not None and not 0 < duration <= _MAX_SECONDS:
+            raise ManifestError(
+                f"clip {number}: duration is {duration} s, expected more than 0 and at most {_MAX_SECONDS:g}"
+            )
         if self._segments is None:
             if start == 0 and duration is None:
                 return
@@ -111,6 +127,13 @@ class Manifest:
             return 0.0, None
         start, duration = self._segments[2 * clip : 2 * clip + 2]
         return start, None if duration == math.inf else duration
+
+    def fingerprint(self) -> str:
+        """Hash of clips, labels and their order, in hexadecimal digits; it does not depend on ``root``."""
+        digest = hashlib.sha256()
+        for buffer in (*self._paths.buffers, *self._labels.buffers, self._segments or b""):
+            digest.update(buffer)
+        return digest.hexdigest()
 
     def select(self, clips: Iterable[int]) -> "Manifest":
         """Make a manifest of some of the clips, in the order given; a clip can be taken more than once."""
@@ -139,7 +162,7 @@ def audio_extensions() -> tuple[str, ...]:
     return tuple(sorted({*map(str.lower, formats), *aliases}))
 
 
-def read_manifest(source: str | Path | None = None) -> Manifest:
+def read_manifest(source: str | Path | None = None, *, allow_outside: bool = False) -> Manifest:
     """Read the list of clips from one of these; no clip is opened or looked for.
 
     - ``None``: the demo clips that come with the package.
@@ -151,9 +174,16 @@ def read_manifest(source: str | Path | None = None) -> Manifest:
     - A ``.json`` of AST or Audio-MAE: ``{"data": [{"wav": path, "labels": "/m/a,/m/b"}, ...]}``, the labels optional.
       Relative paths start from the JSON's folder.
 
+    Args:
+        source: Where the list is.
+        allow_outside: Whether paths in a CSV or JSON may lie outside its folder, by their names: an absolute one, or
+            one with "..". Links are not followed to find out.
+
     Raises:
         FileNotFoundError: For no such file or folder.
-        ManifestError: For a source of another kind, without clips, or malformed; names the place.
+        ManifestError: For a source of another kind, without clips, or malformed, or a path that lies outside; names the
+            place.
+        OSError: For a file or folder that cannot be read.
     """
     if source is None:
         return _read(Path(str(resources.files("audiomae.data") / "demo" / "clips.csv")), _csv_clips)
@@ -163,16 +193,36 @@ def read_manifest(source: str | Path | None = None) -> Manifest:
     if not path.exists():
         raise FileNotFoundError(f"no such file or folder: {path}")
     readers = {".csv": _csv_clips, ".json": _json_clips}
-    if path.suffix.lower() not in readers:
+    if path.suffix.lower() not in readers or not path.is_file():  # a pipe could be read only once
         raise ManifestError(f"{path}: a manifest is a folder, a .csv or a .json")
-    return _read(path, readers[path.suffix.lower()])
+    return _read(path, readers[path.suffix.lower()], allow_outside)
 
 
-def _read(path: Path, clips: Callable[[Path], Iterator[Clip]]) -> Manifest:
+def _read(path: Path, clips: Callable[[Path, _Inside], Iterator[Clip]], allow_outside: bool = False) -> Manifest:
     try:
-        return Manifest(clips(path), root=path.parent)
-    except (ManifestError, UnicodeError) as error:
+        return Manifest(clips(path, _anywhere if allow_outside else _inside(path.parent)), root=path.parent)
+    except ValueError as error:  # also of a file that is not UTF-8, and a number of thousands of digits
         raise ManifestError(f"{path}: {error}") from error
+
+
+def _anywhere(path: str) -> bool:
+    return True
+
+
+def _inside(folder: Path) -> _Inside:
+    """Make a function that tells whether a path, relative to a folder or absolute, names something in it."""
+    root = os.path.join(os.path.abspath(folder), "")
+
+    def is_inside(path: str) -> bool:
+        if ".." not in path and (not path.startswith("/") or path.startswith(root)):
+            return True  # millions of paths need no second look
+        return os.path.join(os.path.normpath(os.path.join(root, path)), "").startswith(root)
+
+    return is_inside
+
+
+def _lies_outside(path: str) -> str:
+    return f"{path!r} lies outside the folder of the list; --allow-outside (allow_outside=True) allows it"
 
 
 def _read_folder(folder: Path) -> Manifest:
@@ -194,8 +244,8 @@ def audio_files(folder: Path) -> list[str]:
     endings = tuple(f".{extension}" for extension in audio_extensions())
     paths = []
     for parent, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".") and not _is_loop(parent, name)]
         inside = os.path.relpath(parent, folder)
+        folders[:] = [name for name in folders if not name.startswith(".") and not _is_loop(folder, inside, name)]
         names = (name for name in files if not name.startswith(".") and name.lower().endswith(endings))
         paths += [os.path.normpath(os.path.join(inside, name)) for name in names]
     return sorted(paths)
@@ -205,21 +255,27 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _is_loop(parent: str, name: str) -> bool:
-    """Whether a folder is a link to one that it lies in."""
-    path = os.path.join(parent, name)
-    return os.path.islink(path) and Path(parent).resolve().is_relative_to(Path(path).resolve())
+def _is_loop(folder: Path, inside: str, name: str) -> bool:
+    """Whether a sub-folder is a link to a folder on the way to it, or to one that such a folder lies in."""
+    parent = folder / inside
+    if not (parent / name).is_symlink():
+        return False
+    target = os.path.realpath(parent / name)
+    on_the_way = [parent, *(folder / above for above in Path(inside).parents)]
+    return any(Path(os.path.realpath(above)).is_relative_to(target) for above in on_the_way)
 
 
-def _csv_clips(path: Path) -> Iterator[Clip]:
+def _csv_clips(path: Path, is_inside: _Inside) -> Iterator[Clip]:
     for line, record in csv_records(path, _PATH_COLUMNS):
-        column = next(name for name in _PATH_COLUMNS if name in record)
+        clip = record[next(name for name in _PATH_COLUMNS if name in record)]
+        if not is_inside(clip):
+            raise ManifestError(f"line {line}: {_lies_outside(clip)}")
         if "labels" in record:
             labels = _split(record["labels"])
         else:
             labels = [record["label"]] if record.get("label") else []
         start, duration = (_seconds(record, name, line) for name in ("start", "duration"))
-        yield record[column], labels, start or 0.0, duration
+        yield clip, labels, start or 0.0, duration
 
 
 def csv_records(path: Path, *columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
@@ -256,12 +312,14 @@ def _seconds(record: dict[str, str], column: str, line: int) -> float | None:
         raise ManifestError(f"line {line}: {column} is {text!r}, expected seconds") from error
 
 
-def _json_clips(path: Path) -> Iterator[Clip]:
+def _json_clips(path: Path, is_inside: _Inside) -> Iterator[Clip]:
     with path.open(encoding="utf-8-sig") as file:
         try:
             content = json.load(file)
         except json.JSONDecodeError as error:
             raise ManifestError(f"line {error.lineno}, column {error.colno}: {error.msg}") from error
+        except RecursionError as error:
+            raise ManifestError('expected {"data": [...]}, found brackets in brackets without end') from error
     records = content.get("data") if isinstance(content, dict) else None
     if not isinstance(records, list):
         raise ManifestError(f'expected {{"data": [...]}}, found {reprlib.repr(content)}')
@@ -270,6 +328,8 @@ def _json_clips(path: Path) -> Iterator[Clip]:
         for key in ("wav", "labels") if labelled else ("wav",):
             if not isinstance(record, dict) or not isinstance(record.get(key), str):
                 raise ManifestError(f'data[{number}]: expected a string "{key}", found {reprlib.repr(record)}')
+        if not is_inside(record["wav"]):
+            raise ManifestError(f"data[{number}]: {_lies_outside(record['wav'])}")
         yield record["wav"], _split(record["labels"]) if labelled else []
 
 

@@ -13,7 +13,8 @@ class ClipBatches(Sampler[list[tuple[int, int]]]):
 
     An epoch is ``repeats`` passes over the clips, each in an order of its own that comes from the seed and the pass
     alone; the last, incomplete global batch is dropped. The k-th global batch holds the same clips on any number of
-    ranks, and each rank takes a contiguous share of it, in ``splits`` equal lists one after the other.
+    ranks. Each rank takes a contiguous share of it, in ``splits`` lists one after the other; shares and lists differ by
+    a clip where numbers do not divide, so that a run can go on with as many ranks as are left.
 
     The epoch travels in the index, because persistent workers keep the data set that they started with. With repeats it
     counts passes, epoch * repeats + pass, so that each visit of a clip has a crop and a mask of its own.
@@ -24,15 +25,15 @@ class ClipBatches(Sampler[list[tuple[int, int]]]):
         seed: Seed of the run.
         repeats: Visits of each clip an epoch.
         rank: This process among the ranks.
-        world_size: Number of ranks; must divide ``batch_size``.
-        splits: Lists that a rank's share of a global batch is split into; must divide the share.
+        world_size: Number of ranks.
+        splits: Lists that a rank's share of a global batch is split into.
         weights: (num_clips,), positive. An epoch is then ``epoch_clips`` different clips, each drawn with a chance that
             grows with its weight: one after the other, proportionally to the weights of those that are left.
         epoch_clips: How many.
 
     Raises:
-        ValueError: For numbers that are not positive, a rank outside the world, a batch that the ranks cannot share
-            equally, one that is larger than an epoch, or more clips to draw than there are.
+        ValueError: For numbers that are not positive, a rank outside the world, a batch of which a rank or a list would
+            get no clip, one that is larger than an epoch, or more clips to draw than there are.
     """
 
     def __init__(
@@ -68,11 +69,10 @@ class ClipBatches(Sampler[list[tuple[int, int]]]):
                 raise ValueError(f"{name} must be at least 1, got {count}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be from 0 to {world_size - 1} in a world of {world_size}, got {rank}")
-        if batch_size % world_size != 0:
-            raise ValueError(f"a batch of {batch_size} clips cannot be shared equally by {world_size} ranks")
-        if batch_size // world_size % splits != 0:
+        if batch_size < world_size * splits:
             raise ValueError(
-                f"a rank's {batch_size // world_size} clips of a batch cannot be split into {splits} equal parts"
+                f"a batch of {batch_size} clips, expected at least {world_size * splits}: "
+                f"one for each of {splits} parts on each of {world_size} ranks"
             )
         if batch_size > self.clips_per_pass * repeats:
             raise ValueError(
@@ -89,13 +89,23 @@ class ClipBatches(Sampler[list[tuple[int, int]]]):
         self.world_size = world_size
         self.splits = splits
         self.weights = weights
-        self.epoch = 0
+        self.epoch = self.first_step = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch that the next iteration draws; counts from 0."""
+    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """Set what the next iteration draws.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+            first_step: Number of its global batches that are left out at its beginning: a resumed run has seen them.
+
+        Raises:
+            ValueError: No such epoch, or more batches than it has.
+        """
         if epoch < 0:
             raise ValueError(f"epoch must be at least 0, got {epoch}")
-        self.epoch = epoch
+        if not 0 <= first_step <= self.steps:
+            raise ValueError(f"first_step must be from 0 to the {self.steps} of an epoch, got {first_step}")
+        self.epoch, self.first_step = epoch, first_step
 
     @property
     def steps(self) -> int:
@@ -103,17 +113,16 @@ class ClipBatches(Sampler[list[tuple[int, int]]]):
         return self.clips_per_pass * self.repeats // self.batch_size
 
     def __len__(self) -> int:
-        return self.steps * self.splits
+        return (self.steps - self.first_step) * self.splits
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         passes = range(self.epoch * self.repeats, (self.epoch + 1) * self.repeats)
         order = np.concatenate([self._order(number) for number in passes])
-        share = self.batch_size // self.world_size
-        size = share // self.splits
-        for batch in range(self.steps):
-            start = batch * self.batch_size + self.rank * share
-            for begin in range(start, start + share, size):
-                yield [(passes[i // self.clips_per_pass], int(order[i])) for i in range(begin, begin + size)]
+        share = _part(range(self.batch_size), self.rank, self.world_size)
+        for batch in range(self.first_step, self.steps):
+            clips = range(batch * self.batch_size, (batch + 1) * self.batch_size)[share.start : share.stop]
+            for split in range(self.splits):
+                yield [(passes[i // self.clips_per_pass], int(order[i])) for i in _part(clips, split, self.splits)]
 
     def _order(self, number: int) -> np.ndarray:
         """The clips of a pass, shuffled."""
@@ -125,6 +134,11 @@ class ClipBatches(Sampler[list[tuple[int, int]]]):
         arrivals = draw.exponential(size=self.num_clips) / self.weights
         chosen = np.argpartition(arrivals, self.clips_per_pass - 1)[: self.clips_per_pass]
         return draw.permutation(np.sort(chosen))
+
+
+def _part(whole: range, number: int, count: int) -> range:
+    """One of ``count`` parts of a range, one after the other, whose lengths differ by at most 1."""
+    return whole[number * len(whole) // count : (number + 1) * len(whole) // count]
 
 
 class EvaluationBatches(Sampler[list[tuple[int, int]]]):

@@ -16,21 +16,23 @@ from audiomae.data.manifests import Clip, Manifest, read_manifest
 from audiomae.windows import Windows
 
 
-def list_clips(sources: Iterable[str]) -> Manifest:
+def list_clips(sources: Iterable[str], *, allow_outside: bool = False) -> Manifest:
     """List sound files, all those of folders, and the clips of manifests; whether they can be read is seen later.
 
     Args:
         sources: Anything that is neither a folder nor ends in .csv or .json counts as a sound file.
+        allow_outside: Whether manifests may name files outside their folders.
 
     Raises:
         FileNotFoundError: For no such manifest.
-        ManifestError: For no sources, a folder without sound files, or a manifest that is malformed or without clips.
+        ManifestError: For no sources, a folder without sound files, or a manifest that is malformed, without clips, or
+            names a file outside its folder.
     """
 
     def clips() -> Iterator[Clip]:
         for source in sources:
             if os.path.isdir(source) or Path(source).suffix.lower() in (".csv", ".json"):
-                manifest = read_manifest(source)
+                manifest = read_manifest(source, allow_outside=allow_outside)
                 for clip in range(len(manifest)):
                     yield manifest.path(clip), manifest.labels(clip), *manifest.segment(clip)
             else:
@@ -92,6 +94,8 @@ class ClipWindows(IterableDataset[Window | UnreadableClip]):
         path, (start, duration), windows = self.manifest.path(clip), self.manifest.segment(clip), self.windows
         rate = windows.sample_rate
         begin, limit = round(start * rate), None if duration is None else round(duration * rate)
+        if limit == 0:
+            raise ClipError(f"{path}: a part of {duration:.4g} s is less than a sample at {rate} Hz")
         # So much from a window's start on, and there is a time step for another window after it.
         goes_on = windows.hop + windows.half_patch
         done = 0

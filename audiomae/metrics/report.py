@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from audiomae.checkpoints.files import replacing
+from audiomae.atomic import replacing
 from audiomae.metrics.scores import Evaluation, list_few
 
 MAX_TABLE_ROWS = 19

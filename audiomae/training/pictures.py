@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from audiomae.checkpoints.files import replacing
+from audiomae.atomic import replacing
 from audiomae.frontend import LogMel, hz_to_mel
 from audiomae.grid import PatchGrid
 from audiomae.masking import PatchMask

@@ -12,7 +12,14 @@ from audiomae.data.clips import ClipError
 from audiomae.data.headers import read_header
 from audiomae.data.sets import DATA_SETS, ESC50_FOLDS, read_task
 
-from .miniatures import make_audioset, make_esc50, make_manifest, make_speech_commands, make_voxceleb1
+from .miniatures import (
+    make_audioset,
+    make_class_folders,
+    make_esc50,
+    make_manifest,
+    make_speech_commands,
+    make_voxceleb1,
+)
 
 
 def check(capsys, *arguments: object) -> tuple[int, str, str]:
@@ -154,8 +161,24 @@ def test_headers(tmp_path):
     (tmp_path / "a.raw").touch()
     with pytest.raises(ClipError, match=r"a\.raw: raw audio has no header and cannot be read"):
         read_header(str(tmp_path / "a.raw"))
-    with pytest.raises(ClipError, match=r"b\.wav: no such file"):
+    with pytest.raises(ClipError, match=r"b\.wav: No such file or directory"):
         read_header(str(tmp_path / "b.wav"))
+    sf.write(tmp_path / "c.wav", [0.0], 2_000_000)
+    with pytest.raises(ClipError, match=r"c\.wav: sample rate of 2000000 Hz, at most 1000000 Hz can be read"):
+        read_header(str(tmp_path / "c.wav"))
+    os.mkfifo(tmp_path / "d.wav")
+    with pytest.raises(ClipError, match=r"d\.wav: is no regular file"):
+        read_header(str(tmp_path / "d.wav"))
+
+
+def test_checking_a_folder_with_pipes_and_folders_that_are_named_like_sounds(tmp_path, capsys):
+    root = make_class_folders(tmp_path, seconds=0.5)
+    os.mkfifo(root / "bell" / "pipe.wav")
+    (root / "horn" / "folder.wav").mkdir()
+    code, out, _ = check(capsys, "manifest", root, "--open")
+    assert code == 1
+    assert f"missing: {root / 'bell' / 'pipe.wav'}\n" in out
+    assert "folder.wav" not in out
 
 
 def test_every_data_set_is_in_the_help_and_the_docs(capsys, monkeypatch):

@@ -1,9 +1,3 @@
-import os
-import pickle
-import struct
-import tracemalloc
-from pathlib import Path
-
 import numpy as np
 import pytest
 import soundfile as sf
@@ -11,31 +5,11 @@ import torch
 import torchaudio
 from torch.utils.data import DataLoader
 
-from audiomae.data import ClipBatches, ClipDataset, ClipError, Manifest, read_manifest, read_waveform
-from audiomae.seeding import clip_generator
+from audiomae.data import ClipBatches, ClipDataset, read_manifest, read_waveform
+
+from .sounds import crop_start, dataset_of, needs, noise, write
 
 RATES = (8_000, 11_025, 11_127, 22_050, 32_000, 44_100, 48_000, 96_001, 192_000)
-
-
-def noise(samples: int, channels: int = 1, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).uniform(-0.5, 0.5, (samples, channels)).astype(np.float32)
-
-
-def write(path, samples: np.ndarray, rate: int = 16_000, **kwargs) -> str:
-    sf.write(path, samples, rate, **kwargs)
-    return str(path)
-
-
-def needs(audio_format: str):
-    return pytest.mark.skipif(audio_format not in sf.available_formats(), reason=f"libsndfile without {audio_format}")
-
-
-def dataset_of(*paths: str, **kwargs) -> ClipDataset:
-    return ClipDataset(Manifest((path, ()) for path in paths), **kwargs)
-
-
-def crop_start(seed: int, epoch: int, clip: int, length: int) -> int:
-    return int(clip_generator(seed, epoch, clip, "crop").integers(length))
 
 
 # Reading
@@ -156,30 +130,13 @@ def test_clips_of_a_few_samples(tmp_path, rate, length):
     torch.testing.assert_close(waveform, whole[(start + torch.arange(500)) % whole.numel()], rtol=0, atol=1e-6)
 
 
-def test_a_long_file_is_read_in_bounded_memory(tmp_path):
-    seconds, mark = 3_600, noise(4_000)[:, 0]
-    path = write(tmp_path / "hour.wav", np.zeros(1), 8_000, subtype="FLOAT")
-    with open(path, "r+b") as file:
-        data = file.read().index(b"data") + 8
-        file.truncate(data + seconds * 8_000 * 4)  # sparse
-        file.seek(data - 4)
-        file.write(struct.pack("<I", seconds * 8_000 * 4))
-        file.seek(data + 3_000 * 8_000 * 4)
-        file.write(mark.tobytes())
-    dataset = dataset_of(path)
-    tracemalloc.start()
-    try:
-        part = read_waveform(path, 8_000, start=3_000.0, duration=0.5)
-        for epoch in range(5):
-            dataset[epoch, 0]
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    torch.testing.assert_close(part, torch.from_numpy(mark), rtol=0, atol=0)
-    assert peak < 2e6
-
-
-@pytest.mark.parametrize("settings", [{"start": -0.1}, {"start": 1.0}, {"duration": 0.0}, {"duration": -1.0}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"start": start} for start in (-0.1, 1.0, float("inf"), -float("inf"), 1e308)),
+        *({"duration": duration} for duration in (0.0, -1.0, -float("inf"))),
+    ],
+)
 def test_a_part_outside_the_clip(tmp_path, settings):
     path = write(tmp_path / "a.wav", noise(16_000))
     with pytest.raises(ValueError, match=r"start of .* s lies outside|duration must be"):
@@ -188,87 +145,8 @@ def test_a_part_outside_the_clip(tmp_path, settings):
 
 def test_the_end_of_a_clip_ends_a_part(tmp_path):
     path = write(tmp_path / "a.wav", noise(16_000))
-    assert read_waveform(path, 16_000, start=0.75, duration=10.0).shape == (4_000,)
-
-
-# Files that cannot be read
-
-
-def cut(path: str, share: float) -> None:
-    os.truncate(path, int(os.path.getsize(path) * share))
-
-
-def unreadable(kind: str, folder) -> str:
-    path = str(folder / f"{kind}.wav")
-    if kind == "folder":
-        os.mkdir(path)
-    elif kind == "text":
-        Path(path).write_text("hello " * 1_000)
-    elif kind == "void":
-        Path(path).touch()
-    elif kind == "empty":
-        write(path, noise(0))
-    elif kind in ("nan", "infinite"):
-        write(path, np.array([0.1, {"nan": np.nan, "infinite": np.inf}[kind]], np.float32), subtype="FLOAT")
-    elif kind == "cut":
-        path = write(folder / "cut.flac", noise(80_000))
-        cut(path, 0.6)
-    elif kind == "endless":
-        path = write(folder / "endless.flac", noise(80_000))
-        with open(path, "r+b") as file:  # the 36 bits of the number of samples, as an encoder leaves them in a pipe
-            file.seek(21)
-            upper = file.read(1)[0] & 0xF0
-            file.seek(21)
-            file.write(bytes([upper, 0, 0, 0, 0]))
-    elif kind == "raw":
-        path = str(folder / "a.raw")
-        Path(path).write_bytes(bytes(1_000))
-    elif kind == "rate":
-        write(path, noise(10), rate=2_000_000)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("kind", "reason"),
-    [
-        ("missing", "No such file"),
-        ("folder", "Is a directory"),
-        ("text", "cannot be read as audio"),
-        ("void", "cannot be read as audio"),
-        ("empty", "holds no samples"),
-        ("nan", "not finite"),
-        ("infinite", "not finite"),
-        ("cut", "cannot be read as audio"),
-        ("endless", "does not tell its length"),
-        ("raw", "no header"),
-        ("rate", "2000000 Hz"),
-    ],
-)
-def test_unreadable_files(tmp_path, kind, reason):
-    path = unreadable(kind, tmp_path)
-    with pytest.raises(ClipError, match=reason) as info:
-        read_waveform(path, 16_000)
-    assert str(info.value).startswith(f"{path}: ")
-    assert "\n" not in str(info.value)
-    with pytest.raises(ClipError, match=reason):
-        dataset_of(path, crop="start")[0, 0]
-
-
-@needs("MP3")
-def test_a_file_that_ends_before_its_header_says(tmp_path):
-    path = write(tmp_path / "a.mp3", noise(80_000))
-    cut(path, 0.6)
-    with pytest.raises(ClipError, match="cut off, its header tells of 80000 samples, but it ends before sample 80000"):
-        read_waveform(path, 16_000)
-    assert read_waveform(path, 16_000, duration=1.0).shape == (16_000,)
-
-
-def test_the_error_can_leave_a_worker(tmp_path):
-    with pytest.raises(ClipError) as info:
-        read_waveform(tmp_path / "missing.wav", 16_000)
-    for copy in (pickle.loads(pickle.dumps(info.value)), type(info.value)(str(info.value))):
-        assert type(copy) is ClipError
-        assert str(copy) == str(info.value)
+    for duration in (10.0, float("inf")):
+        assert read_waveform(path, 16_000, start=0.75, duration=duration).shape == (4_000,)
 
 
 # Crops and gain
@@ -315,9 +193,9 @@ def test_crop_at_the_start(tmp_path):
 
 
 def test_gain_is_uniform_in_decibels_and_clips_nothing(tmp_path):
-    path = write(tmp_path / "loud.wav", np.full(10, 0.9, np.float32), subtype="FLOAT")
+    path = write(tmp_path / "loud.wav", np.tile([0.9, -0.9], 5).astype(np.float32), subtype="FLOAT")
     dataset = dataset_of(path, samples=4, gain_db=6.0)
-    gains = np.array([20 * np.log10(float(dataset[epoch, 0][0][0]) / 0.9) for epoch in range(2_000)])
+    gains = np.array([20 * np.log10(float(dataset[epoch, 0][0].max()) / 0.9) for epoch in range(2_000)])
     assert -6.0001 < gains.min() < -5.9
     assert 5.9 < gains.max() < 6.0001
     counts, _ = np.histogram(gains, bins=20, range=(-6, 6))

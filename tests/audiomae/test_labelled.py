@@ -144,6 +144,25 @@ def test_noise_on_silence_is_silence(tmp_path: Path) -> None:
     assert (clips(manifest, Augmentation(noise_db=20.0))[0, 0].waveform == 0).all()
 
 
+def test_a_partner_that_cannot_be_read_is_named(manifest: Manifest) -> None:
+    dataset = clips(manifest, Augmentation(mixup=1.0))
+    Path(manifest.path(0)).unlink()
+    epoch = next(e for e in range(50) if mixup_partner(e, 1) == 0)
+    with pytest.raises(ClipError, match=r"short\.wav: No such file") as info:
+        dataset[epoch, 1]
+    assert info.value.clip == 0
+
+
+@pytest.mark.parametrize("level", [0.0, 0.25])
+def test_silence_is_a_sound(tmp_path: Path, level: float) -> None:
+    soundfile.write(tmp_path / "silence.wav", np.full(500, level), RATE)
+    manifest = Manifest([("silence.wav", ["a"])], tmp_path)
+    for augmentation in (None, Augmentation(gain=True, roll=True, mixup=1.0)):
+        example = clips(manifest, augmentation)[0, 0]
+        assert example.length == 500
+        assert example.waveform.isfinite().all()
+
+
 def test_spec_augment_is_that_of_torchaudio(manifest: Manifest) -> None:
     dataset = clips(manifest, Augmentation(time_mask=20, frequency_mask=8))
     state = torch.get_rng_state()

@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import re
 
 import pytest
 from hypothesis import given
@@ -61,6 +62,8 @@ def test_a_manifest_of_parts_of_files(parts, data):
         ((float("inf"), None), "clip 1: start is inf s, expected at least 0"),
         ((0.0, 0.0), r"clip 1: duration is 0\.0 s, expected more than 0"),
         ((0.0, float("inf")), "clip 1: duration is inf s, expected more than 0"),
+        ((1e300, None), r"clip 1: start is 1e\+300 s, expected at least 0 and at most 1e\+09"),
+        ((0.0, 1e300), r"clip 1: duration is 1e\+300 s, expected more than 0 and at most 1e\+09"),
     ],
 )
 def test_a_part_that_cannot_be_one(part, reason):
@@ -83,6 +86,12 @@ def test_joined_manifests(tmp_path):
             for manifest in (first, *others)
             for i in range(len(manifest))
         ]
+
+
+@pytest.mark.parametrize("labels", [["a\x1fb"], ["a", "\x1f", "b"]])
+def test_a_label_that_would_come_out_as_two(labels):
+    with pytest.raises(ManifestError, match=rf"clip 1: labels {re.escape(repr(labels))}, expected none with '\\x1f'"):
+        Manifest([("x.wav", ["a", "b"]), ("x.wav", labels)])
 
 
 def test_a_manifest_of_nothing():
@@ -133,6 +142,22 @@ def test_a_folder_with_links(tmp_path):
     assert names == ["/data/link/y.wav", "/data/x.wav"]
 
 
+@pytest.mark.parametrize("links", [("x/link y", "y/link x"), ("x/link y", "y/link y"), ("x/link x/..", "y/link .")])
+def test_folders_that_link_to_each_other(tmp_path, links):
+    touch(tmp_path, "x/x.wav", "y/y.wav")
+    for link in links:
+        name, target = link.split()
+        (tmp_path / name).symlink_to(tmp_path / target)
+    names = {path.removeprefix(str(tmp_path)) for path in paths(read_manifest(tmp_path))}
+    expected = {"/x/x.wav", "/y/y.wav"}
+    if links == ("x/link y", "y/link x"):
+        expected |= {"/x/link/y.wav", "/y/link/x.wav"}
+    if links == ("x/link y", "y/link y"):
+        expected |= {"/x/link/y.wav"}
+    assert names == expected
+    assert len(read_manifest(tmp_path)) == len(names)
+
+
 def test_a_folder_without_audio(tmp_path):
     touch(tmp_path, "notes.txt")
     with pytest.raises(ManifestError, match=r"no audio files .* looked for .*\.flac .*\.opus .*\.wav"):
@@ -147,7 +172,7 @@ def test_a_csv(tmp_path, column):
         *(f'{i},"{name.replace(chr(34), chr(34) * 2)}","a, b"' for i, name in enumerate(AWKWARD_NAMES)),
     ]
     source.write_text("\n".join([*rows, "", '7,/absolute.wav,""', '8,/absolute.wav,""']), encoding="utf-8-sig")
-    manifest = read_manifest(source)
+    manifest = read_manifest(source, allow_outside=True)
     assert paths(manifest) == [*(str(tmp_path / name) for name in AWKWARD_NAMES), "/absolute.wav", "/absolute.wav"]
     assert [manifest.labels(clip) for clip in (0, -1)] == [("a, b",), ()]
 
@@ -170,7 +195,7 @@ def test_parts_of_files_in_a_csv(tmp_path):
 def test_a_json(tmp_path):
     data = [{"wav": name, "labels": "/m/a,/m/b"} for name in AWKWARD_NAMES] + [{"wav": "/x.wav", "labels": ""}]
     (tmp_path / "a.json").write_text(json.dumps({"data": data}))
-    manifest = read_manifest(tmp_path / "a.json")
+    manifest = read_manifest(tmp_path / "a.json", allow_outside=True)
     assert paths(manifest) == [*(str(tmp_path / name) for name in AWKWARD_NAMES), "/x.wav"]
     assert [manifest.labels(clip) for clip in (0, -1)] == [("/m/a", "/m/b"), ()]
 
@@ -207,6 +232,9 @@ def test_a_json_without_labels(tmp_path):
         ("a.json", '{"data": [{"wav": "x", "labels": ["a"]}]}', r'data\[0\]: expected a string "labels"'),
         ("a.json", '{"data": [{"wav": "x\\u0000.wav"}]}', r"clip 0: 'x\\x00\.wav' is no path"),
         ("a.json", '{"data": [{"wav": "\\ud800.wav"}]}', r"a\.json: .*surrogates not allowed"),
+        ("a.json", "[" * 200_000, r"a\.json: expected .*, found brackets in brackets without end"),
+        ("a.json", '{"data": ' + "1" * 5_000 + "}", r"a\.json: Exceeds the limit .* for integer string conversion"),
+        ("a.csv", f"path\n{'x' * 200_000}\n", r"a\.csv: line 2: field larger than field limit"),
         ("a.txt", "x.wav", r"a\.txt: a manifest is a folder, a \.csv or a \.json"),
     ],
 )
@@ -215,6 +243,12 @@ def test_malformed_manifests(tmp_path, name, content, reason):
     with pytest.raises(ManifestError, match=reason) as info:
         read_manifest(tmp_path / name)
     assert "\n" not in str(info.value)
+
+
+def test_a_pipe_is_no_manifest(tmp_path):
+    os.mkfifo(tmp_path / "a.csv")
+    with pytest.raises(ManifestError, match=r"a\.csv: a manifest is a folder, a \.csv or a \.json"):
+        read_manifest(tmp_path / "a.csv")  # and does not wait for somebody to write to it
 
 
 @pytest.mark.parametrize("name", ["missing", "missing.csv", "missing.json"])

@@ -24,9 +24,9 @@ def batches_of(epoch: int = 0, **kwargs) -> list[list[tuple[int, int]]]:
 @given(st.data())
 def test_each_epoch_visits_each_clip_and_any_world_shares_its_batches(data):
     world_size = data.draw(st.integers(1, 6))
-    share = data.draw(st.integers(1, 5))
+    splits = data.draw(st.integers(1, 3))
     repeats = data.draw(st.integers(1, 4))
-    batch_size = share * world_size
+    batch_size = data.draw(st.integers(world_size * splits, 30))
     num_clips = data.draw(st.integers(-(-batch_size // repeats), 60))
     epoch = data.draw(st.integers(0, 5))
     common = {
@@ -45,8 +45,26 @@ def test_each_epoch_visits_each_clip_and_any_world_shares_its_batches(data):
     assert {visit for visit, _ in pairs} <= set(range(epoch * repeats, (epoch + 1) * repeats))
     assert max(Counter(clip for _, clip in pairs).values()) <= repeats
 
-    ranks = [batches_of(epoch, **common, rank=rank, world_size=world_size) for rank in range(world_size)]
-    assert [[pair for part in parts for pair in part] for parts in zip(*ranks, strict=True)] == drawn
+    shares = {"world_size": world_size, "splits": splits}
+    ranks = [batches_of(epoch, **common, **shares, rank=rank) for rank in range(world_size)]
+    for step, batch in enumerate(drawn):
+        parts = [rank[step * splits + split] for rank in ranks for split in range(splits)]
+        assert [pair for part in parts for pair in part] == batch
+        lengths = [sum(map(len, parts[rank * splits : (rank + 1) * splits])) for rank in range(world_size)]
+        assert max(lengths) - min(lengths) <= 1
+        assert min(map(len, parts)) >= 1
+
+
+def test_an_epoch_goes_on_where_it_stopped():
+    common = {"num_clips": 50, "batch_size": 7, "repeats": 2, "rank": 1, "world_size": 3, "splits": 2}
+    whole = batches_of(4, **common)
+    batches = ClipBatches(**common)
+    for step in range(batches.steps + 1):
+        batches.set_epoch(4, step)
+        assert list(batches) == whole[2 * step :]
+        assert len(batches) == len(whole) - 2 * step
+    with pytest.raises(ValueError, match="first_step must be from 0 to the 14 of an epoch, got 15"):
+        batches.set_epoch(4, 15)
 
 
 def test_nothing_is_dropped_where_batches_fit():
@@ -80,7 +98,8 @@ def test_repeats_are_further_epochs():
         ({"num_clips": 0}, "num_clips must be at least 1, got 0"),
         ({"repeats": -1}, "repeats must be at least 1, got -1"),
         ({"world_size": 0}, "world_size must be at least 1, got 0"),
-        ({"world_size": 3}, "batch of 8 clips cannot be shared equally by 3 ranks"),
+        ({"world_size": 9}, "a batch of 8 clips, expected at least 9: one for each of 1 parts on each of 9 ranks"),
+        ({"world_size": 3, "splits": 3}, "expected at least 9: one for each of 3 parts on each of 3 ranks"),
         ({"world_size": 2, "rank": 2}, "rank must be from 0 to 1 in a world of 2, got 2"),
         ({"rank": -1}, "rank must be from 0 to 0"),
     ],

@@ -1,5 +1,6 @@
 """Files as windows: the same windows as those of a waveform, and batches over all clips."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,6 +64,17 @@ def test_sources_are_files_folders_and_manifests(tmp_path: Path) -> None:
     ]
     with pytest.raises(ManifestError, match="clip 0: '' is no path"):
         list_clips([""])
+
+
+def test_what_cannot_be_a_clip_is_named_and_nothing_waits(tmp_path: Path) -> None:
+    path = write_noise(tmp_path / "a.wav", 400)
+    os.mkfifo(tmp_path / "pipe.wav")
+    clips = Manifest([(path, (), 0.0, 1e-6), (path, (), 1e9, 1.0), (str(tmp_path / "pipe.wav"), ())], root="")
+    assert list(ClipWindows(clips, WINDOWS)) == [
+        UnreadableClip(0, f"{path}: a part of 1e-06 s is less than a sample at 16000 Hz"),
+        UnreadableClip(1, f"start of 1000000000.0 s lies outside {path}, which lasts 0.025 s"),
+        UnreadableClip(2, f"{tmp_path}/pipe.wav: is no regular file"),
+    ]
 
 
 @pytest.mark.parametrize(("patch_size", "stride", "frames"), [((16, 16), 16, 48), ((15, 16), 6, 50), ((16, 16), 4, 31)])

@@ -70,6 +70,7 @@ def survey(
     valid: str | Path | None = None,
     test: str | Path | None = None,
     seed: int = 0,
+    allow_outside: bool = False,
 ) -> Survey:
     """Find out what of a data set is at hand; arguments and errors as for ``read_task``."""
     if name not in DATA_SETS:
@@ -84,7 +85,7 @@ def survey(
         if value is not None and option not in data_set.options:
             raise ManifestError(f"{option} is {value}, but {name} takes none")
     labels, valid, test = (None if path is None else Path(path) for path in (labels, valid, test))
-    return data_set.survey(Request(name, Path(root or ""), fold, labels, valid, test, seed))
+    return data_set.survey(Request(name, Path(root or ""), fold, labels, valid, test, seed, allow_outside))
 
 
 def read_task(
@@ -96,6 +97,7 @@ def read_task(
     valid: str | Path | None = None,
     test: str | Path | None = None,
     seed: int = 0,
+    allow_outside: bool = False,
 ) -> Task:
     """Read a labelled data set; no clip is opened, but for the recordings of noise of Speech Commands v1.
 
@@ -113,13 +115,14 @@ def read_task(
         valid: With "manifest" and "audioset", the list of clips that choose the best epoch; none by default.
         test: The same for the clips to report on; AudioSet has its own by default.
         seed: Seed of the run; places the seconds of silence that Speech Commands v1 trains on.
+        allow_outside: Whether manifests may name files outside their folders (see ``read_manifest``).
 
     Raises:
         FileNotFoundError: No such list or label file.
         ManifestError: Another name, an argument that the data set does not take, another layout, a malformed list, a
-            fold that does not exist, a split without a clip at hand, or training clips all of one class (a
-            ``LabelError``).
+            list that names a file outside its folder, a fold that does not exist, a split without a clip at hand, or
+            training clips all of one class (a ``LabelError``).
         OSError: A folder that cannot be read, or noise that cannot be.
     """
-    found = survey(name, root, fold=fold, labels=labels, valid=valid, test=test, seed=seed)
+    found = survey(name, root, fold=fold, labels=labels, valid=valid, test=test, seed=seed, allow_outside=allow_outside)
     return DATA_SETS[name].build(found)

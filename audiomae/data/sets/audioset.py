@@ -39,7 +39,8 @@ def survey(request: Request) -> Survey:
 
     Raises:
         FileNotFoundError: No such manifest or label file.
-        ManifestError: Neither layout in the folder, no label file, or a malformed list.
+        ManifestError: Neither layout in the folder, no label file, a malformed list, or one that names a file outside
+            its folder.
         OSError: A folder that cannot be read.
     """
     balanced_alone = request.name == "audioset-20k"
@@ -54,15 +55,15 @@ def survey(request: Request) -> Survey:
         evaluation = request.test or _find(folders, _MANIFESTS[_EVAL])
         if evaluation is None:
             raise ManifestError(f"{request.root}: no {' or '.join(_MANIFESTS[_EVAL])}, expected one to test on")
-        parts = [_as_listed(train, manifest), _as_listed(_EVAL, evaluation)]
+        parts = [_as_listed(train, manifest, request), _as_listed(_EVAL, evaluation, request)]
     else:
         names = [_BALANCED] if balanced_alone else [_BALANCED, _UNBALANCED]
         lists = {part: _find(folders, (_SEGMENTS[part][0],)) for part in names + [_EVAL] * (request.test is None)}
         parts, notes = _look_for_segments(request.root, lists, _MANIFESTS[train])
         if request.test is not None:
-            parts.append(_as_listed(_EVAL, request.test))
+            parts.append(_as_listed(_EVAL, request.test, request))
     if request.valid is not None:
-        parts.append(_as_listed("valid", request.valid))
+        parts.append(_as_listed("valid", request.valid, request))
     labels = request.labels or _find(folders, (_LABELS,))
     if labels is None:
         raise ManifestError(f"{request.root}: no {_LABELS}, expected AudioSet's list of classes")
@@ -73,8 +74,8 @@ def _find(folders: list[Path], names: tuple[str, ...]) -> Path | None:
     return next((folder / name for folder in folders for name in names if (folder / name).is_file()), None)
 
 
-def _as_listed(part: str, path: Path) -> Part:
-    return Part(part, read_manifest(path), looked_for=False)
+def _as_listed(part: str, path: Path, request: Request) -> Part:
+    return Part(part, read_manifest(path, allow_outside=request.allow_outside), looked_for=False)
 
 
 def _look_for_segments(
@@ -127,6 +128,8 @@ def _read_segments(path: Path) -> Iterator[tuple[str, list[str]]]:
                 yield row[0], row[3].split(",")
         except csv.Error as error:
             raise ManifestError(f"{path}: line {rows.line_num}: {error}") from error
+        except UnicodeError as error:
+            raise ManifestError(f"{path}: {error}") from error
 
 
 def build(found: Survey) -> Task:

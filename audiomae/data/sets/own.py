@@ -15,21 +15,33 @@ def survey_manifest(request: Request) -> Survey:
 
     Raises:
         FileNotFoundError: No such list, folder, or label file.
-        ManifestError: A malformed list or label file, or clips without labels.
+        ManifestError: A malformed list or label file, a list that names a file outside its folder, or clips without
+            labels.
     """
     sources = {"train": request.root, "valid": request.valid, "test": request.test}
     parts = tuple(
-        Part(name, read_labelled(source), looked_for=False) for name, source in sources.items() if source is not None
+        Part(name, read_labelled(source, allow_outside=request.allow_outside), looked_for=False)
+        for name, source in sources.items()
+        if source is not None
     )
     manifests = [part.manifest for part in parts if part.manifest is not None]
     labels = Labels.of(*manifests) if request.labels is None else read_labels(request.labels)
     return Survey(request, labels, parts)
 
 
-def read_labelled(source: Path) -> Manifest:
-    """Read a list; the first-level sub-folders of a folder are the classes of the clips in them."""
+def read_labelled(source: Path, *, allow_outside: bool = False) -> Manifest:
+    """Read a list; the first-level sub-folders of a folder are the classes of the clips in them.
+
+    Args:
+        source: A folder, or anything else that ``read_manifest`` takes.
+        allow_outside: Whether a list may name files outside its folder.
+
+    Raises:
+        FileNotFoundError: No such list or folder.
+        ManifestError: A malformed list, one that names a file outside its folder, or clips without labels.
+    """
     if not source.is_dir():
-        manifest = read_manifest(source)
+        manifest = read_manifest(source, allow_outside=allow_outside)
         if not manifest.has_labels:
             raise LabelError(
                 f"{source}: clips have no labels, expected a column label or labels, or labels in the JSON"

@@ -14,7 +14,7 @@ import numpy as np
 from audiomae.data.headers import read_header
 from audiomae.data.labels import Labels
 from audiomae.data.manifests import Clip, Manifest, ManifestError, audio_files
-from audiomae.data.sets.task import Part, Request, Survey, Task, look_up, shorten
+from audiomae.data.sets.task import Part, Request, Survey, Task, look_up, read_lines, shorten
 from audiomae.seeding import epoch_generator
 
 COMMANDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
@@ -149,7 +149,7 @@ def _look_for_words(base: Path, version: str, labels: dict[str, str]) -> tuple[t
 
 
 def _read_list(path: Path, words: Collection[str]) -> list[str]:
-    names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    names = [line.strip() for line in read_lines(path) if line.strip()]
     for name in names:
         if name.partition("/")[0] not in words:
             raise ManifestError(

@@ -40,6 +40,7 @@ class Request:
     valid: Path | None = None
     test: Path | None = None
     seed: int = 0
+    allow_outside: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,18 @@ def look_up(
         else:
             missing.append(clip)
     return Part(name, Manifest(present, root) if present else None, tuple(missing), published)
+
+
+def read_lines(path: Path) -> list[str]:
+    """Read the lines of a list.
+
+    Raises:
+        ManifestError: For one that is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeError as error:
+        raise ManifestError(f"{path}: {error}") from error
 
 
 def shorten(names: Iterable[str], count: int = 5) -> str:

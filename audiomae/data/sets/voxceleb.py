@@ -5,7 +5,7 @@ from pathlib import Path
 
 from audiomae.data.labels import Labels
 from audiomae.data.manifests import ManifestError, audio_files
-from audiomae.data.sets.task import Request, Survey, Task, look_up
+from audiomae.data.sets.task import Request, Survey, Task, look_up, read_lines
 
 _SPLIT = "iden_split.txt"
 _PARTS = {"train": ("1", 138_361), "valid": ("2", 6_904), "test": ("3", 8_251)}
@@ -57,7 +57,7 @@ def _speaker(name: str) -> str:
 def _read(split: Path) -> Iterator[tuple[str, str]]:
     """Yield the number of the split and the name of each utterance."""
     numbers = {number for number, _ in _PARTS.values()}
-    for line, text in enumerate(split.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for line, text in enumerate(read_lines(split), start=1):
         if not text.strip():
             continue
         number, _, name = text.strip().partition(" ")

@@ -1,0 +1,66 @@
+"""Files that appear whole or not at all."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_SUFFIX = ".tmp"
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def replacing(path: Path, *, previous: Path | None = None) -> Iterator[Path]:
+    """Give a temporary path to write to, which becomes ``path`` at the end: at no time is there half a file.
+
+    What was written is on the disk before it gets its name, so that neither a crash of the machine nor one of the
+    process leaves anything but the old file or the new one.
+
+    Args:
+        path: What to write.
+        previous: Where the old file goes; None drops it. Between the two renamings, the old one alone is there.
+
+    Raises:
+        FileNotFoundError: No such directory.
+        OSError: No space is left, and what to do about it; or another error of the file system.
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no such directory: {path.parent}")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{_SUFFIX}")
+    try:
+        yield temporary
+        _flush(temporary)
+        if previous is not None and path.exists():
+            path.replace(previous)
+        temporary.replace(path)
+        with suppress(OSError):  # some file systems cannot flush a directory
+            _flush(path.parent)
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            error.errno,
+            f"no space is left to write {path} ({shutil.disk_usage(path.parent).free / 2**20:,.0f} MiB are free): "
+            "every file that was there is whole; make room, then go on",
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> list[str]:
+    """Remove what killed processes left half written in a folder, and tell its names; no other may be writing there."""
+    names = [path.name for path in folder.glob(f"*.*{_SUFFIX}") if path.suffixes[-2][1:].isdigit()]
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+    return names
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
