@@ -25,8 +25,9 @@ from audiomae.data.labelled import LabelledClips
 from audiomae.data.sampling import EvaluationBatches
 from audiomae.data.sets import read_labelled, read_task
 from audiomae.metrics import Evaluation, evaluate_scores, print_table, write_report
-from audiomae.training.command import agree, end_rank, make_loader, run_command, share_processors
+from audiomae.training.command import agree, make_loader, run_command, share_processors
 from audiomae.training.distributed import Ranks, is_main_process, join_ranks
+from audiomae.training.ending import end_rank, error_line
 from audiomae.training.finetuner import score_clips
 from audiomae.training.loop import autocast_dtype
 
@@ -63,6 +64,8 @@ class EvaluateConfig:
     """Autocast: auto is bf16 on GPUs and fp32 on CPUs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute: auto takes a GPU where there is one."""
+    allow_outside: bool = False
+    """Allow paths in manifests that lead out of the manifest's folder."""
 
     def __post_init__(self) -> None:
         """Check single settings."""
@@ -88,9 +91,15 @@ def read_split(config: EvaluateConfig, model: AudioClassifier) -> tuple[Labels, 
         if config.labels is None and not names:
             raise ValueError(f"{config.checkpoint} does not name its classes, expected labels: a file that does")
         labels = Labels(names, names) if config.labels is None else read_labels(config.labels)
-        manifest = read_labelled(Path(config.data))
+        manifest = read_labelled(Path(config.data), allow_outside=config.allow_outside)
     else:
-        task = read_task(config.dataset, config.data, fold=config.fold, labels=config.labels)
+        task = read_task(
+            config.dataset,
+            config.data,
+            fold=config.fold,
+            labels=config.labels,
+            allow_outside=config.allow_outside,
+        )
         chosen = {"train": task.train, "valid": task.valid, "test": task.test}[config.split]
         if chosen is None:
             raise ValueError(f"{task.name} has no {config.split} split")
@@ -157,7 +166,7 @@ def run_evaluation(arguments: Sequence[str] | None) -> None:
             if ranks.main:
                 write_report(evaluation, config.output_dir)
         except (OSError, ValueError) as error:
-            end_rank(PROG, ranks, error)
+            end_rank(ranks, error_line(PROG, ranks, error))
         if ranks.main:
             print_table(evaluation, Console())
             print(f"evaluation.json, classes.csv and evaluation.png are in {config.output_dir}")

@@ -23,20 +23,19 @@ import torch
 from mae_kernels.ops import resolve_forms
 from torch.utils.data import DataLoader
 
+from audiomae.atomic import replacing
 from audiomae.checkpoints import load_classifier, save_weights, start_classifier
-from audiomae.checkpoints.files import replacing
+from audiomae.checkpoints.checksum import file_hash
 from audiomae.classifier import AudioClassifier, AudioClassifierConfig
-from audiomae.data import ClipBatches
+from audiomae.data import ClipBatches, Replacing
 from audiomae.data.labelled import Augmentation, LabelledClips, class_balanced_weights
 from audiomae.data.sampling import EvaluationBatches
 from audiomae.data.sets import ESC50_FOLDS, Task, read_task
 from audiomae.metrics import Evaluation, evaluate_scores, fold_summary, headline, write_report
 from audiomae.recipes import FINETUNE_RECIPES
 from audiomae.training.command import (
-    GOES_ON,
     agree,
-    agree_on_epoch,
-    end_rank,
+    agree_on_step,
     make_loader,
     parse_run,
     run_command,
@@ -44,11 +43,16 @@ from audiomae.training.command import (
 )
 from audiomae.training.config import FinetuneConfig, SetupError
 from audiomae.training.distributed import Ranks, join_ranks
+from audiomae.training.ending import carry_out
 from audiomae.training.finetuner import Finetuner, draw_mask, score_clips
 from audiomae.training.logging import NullLog, RunLog
 from audiomae.training.loop import autocast_dtype
 from audiomae.training.optimizer import build_layer_decayed_adamw
-from audiomae.training.state import LAST, Resumed, find_checkpoint, load_state, save_settings, save_state
+from audiomae.training.parallel import distribute
+from audiomae.training.progress import Progress
+from audiomae.training.signals import Stopped
+from audiomae.training.state import LAST, Resumed, find_checkpoints, resume, resume_optimizer
+from audiomae.training.supervisor import Supervisor
 
 PROG = "audiomae.finetune"
 BEST_WEIGHTS = "weights-best.safetensors"
@@ -74,17 +78,16 @@ class Run:
         task: The data set.
         trainer: Trains on its training split.
         splits: Loader of this rank's share of each split that is evaluated, by name.
-        epochs_done: Epochs behind a resumed run.
-        best: Epoch and value of the best one so far; None before any.
-        best_weights: Where its weights are, which may be the folder of the run that this one goes on from.
+        resumed: Where the run goes on; None for a new one.
+        best_weights: Where the weights of the best epoch are, which may be the folder of the run that this one goes on
+            from.
         notes: Lines that tell what the run is.
     """
 
     task: Task
     trainer: Finetuner
     splits: dict[str, DataLoader[Any]]
-    epochs_done: int
-    best: dict[str, Any] | None
+    resumed: Resumed | None
     best_weights: Path
     notes: list[str]
 
@@ -96,7 +99,8 @@ def build(config: FinetuneConfig, ranks: Ranks) -> Run:
         ValueError: Settings that do not go together, labels that are not known, or a checkpoint that does not fit.
         OSError: A file or folder that is missing or cannot be read.
     """
-    resume_from = find_checkpoint(config)
+    config.check_stats()
+    checkpoints = find_checkpoints(config)
     task = read_task(
         config.dataset,
         config.data,
@@ -105,6 +109,7 @@ def build(config: FinetuneConfig, ranks: Ranks) -> Run:
         valid=config.valid_data,
         test=config.test_data,
         seed=config.seed,
+        allow_outside=config.allow_outside,
     )
     if config.select != "last" and getattr(task, config.select) is None:
         raise ValueError(f"select is {config.select}, but {task.name} has no {config.select} split: take --select last")
@@ -131,6 +136,17 @@ def build(config: FinetuneConfig, ranks: Ranks) -> Run:
     torch.manual_seed(config.seed)
     model, notes = build_model(config, task)
     model.to(ranks.device)
+    resumed, progress = None, Progress()
+    best_weights = config.output_dir / BEST_WEIGHTS
+    if checkpoints:
+        resumed = resume(
+            checkpoints, config, model, task.train, steps_per_epoch=batches.steps, world_size=ranks.world_size
+        )
+        if "fold" in resumed.changed:
+            raise ValueError(f"{resumed.path} is of another fold: it was trained on clips that this one tests on")
+        progress, best_weights = resumed.progress, resumed.path.parent / BEST_WEIGHTS
+        notes += [*resumed.notes, *carry_best(resumed, best_weights)]
+    replica = distribute(model, config, ranks)
     optimizer = build_layer_decayed_adamw(
         model,
         lr=config.peak_lr,
@@ -138,19 +154,14 @@ def build(config: FinetuneConfig, ranks: Ranks) -> Run:
         betas=config.betas,
         layer_decay=config.layer_decay,
     )
-    epochs_done, best = 0, None
-    if resume_from is not None:
-        resumed = load_state(resume_from, config, model, optimizer, steps_per_epoch=batches.steps)
-        epochs_done = resumed.epochs_done
-        notes += [f"resumed from {resume_from}, after epoch {epochs_done}", *resumed.notes]
-        if "fold" in resumed.changed:
-            raise ValueError(f"{resume_from} is of another fold: it was trained on clips that this one tests on")
-        best, note = carry_best(resume_from, resumed)
-        notes += note
+    if resumed is not None:
+        resume_optimizer(optimizer, resumed)
 
     workers = share_processors(config.workers, ranks)
-    loader = make_loader(clips(task.train, classes, augmentation=augmentation_of(config)), batches, ranks, workers)
-    trainer = Finetuner(config, ranks, model, optimizer, config.model.front_end().to(ranks.device), batches, loader)
+    train_clips = Replacing(clips(task.train, classes, augmentation=augmentation_of(config)), config.seed)
+    loader = make_loader(train_clips, batches, ranks, workers)
+    front_end = config.model.front_end().to(ranks.device)
+    trainer = Finetuner(config, ranks, model, replica, optimizer, front_end, task.train, batches, loader, progress)
     splits = {}
     for name, manifest in (("valid", task.valid), ("test", task.test)):
         if manifest is not None:
@@ -160,9 +171,7 @@ def build(config: FinetuneConfig, ranks: Ranks) -> Run:
             splits[name] = make_loader(
                 clips(manifest, task.labels.indices(manifest, single=not config.multi_label)), share, ranks, workers
             )
-    best_weights = (config.output_dir if resume_from is None else resume_from.parent) / BEST_WEIGHTS
-    notes = [*describe(config, ranks, task, trainer), *notes]
-    return Run(task, trainer, splits, epochs_done, best, best_weights, notes)
+    return Run(task, trainer, splits, resumed, best_weights, [*describe(config, ranks, task, trainer), *notes])
 
 
 def build_model(config: FinetuneConfig, task: Task) -> tuple[AudioClassifier, list[str]]:
@@ -192,16 +201,19 @@ def build_model(config: FinetuneConfig, task: Task) -> tuple[AudioClassifier, li
     return model, [f"starts from {config.checkpoint}", *notes]
 
 
-def carry_best(resume_from: Path, resumed: Resumed) -> tuple[dict[str, Any] | None, list[str]]:
-    """The best epoch so far, if its weights are at hand and it was chosen as this run chooses; and a note if not."""
-    if resumed.best is None:
-        return None, []
+def carry_best(resumed: Resumed, weights: Path) -> list[str]:
+    """Forget the best epoch so far unless it was chosen as this run chooses and its weights are at hand; tell if so."""
+    best = resumed.progress.best
+    if best is None:
+        return []
     chosen_otherwise = [name for name in CHOOSE if name in resumed.changed]
-    # Beside a checkpoint that was kept, the weights may be those of a later epoch.
-    if resume_from.name == LAST and (resume_from.parent / BEST_WEIGHTS).exists() and not chosen_otherwise:
-        return resumed.best, []
+    # A run that was killed between two saves, or goes on from a checkpoint that was kept, may find those of a later
+    # epoch.
+    if not chosen_otherwise and weights.exists() and file_hash(weights) == best["weights"]:
+        return []
+    resumed.progress.best = None
     reason = f"{', '.join(chosen_otherwise)} changed" if chosen_otherwise else "its weights are not at hand"
-    return None, [f"the best epoch until now, {resumed.best['epoch']}, is left out: {reason}"]
+    return [f"the best epoch until now, {best['epoch']}, is left out: {reason}"]
 
 
 def augmentation_of(config: FinetuneConfig) -> Augmentation:
@@ -245,59 +257,66 @@ def describe(config: FinetuneConfig, ranks: Ranks, task: Task, trainer: Finetune
     ]
 
 
-def train(config: FinetuneConfig, ranks: Ranks, run: Run, log: RunLog | NullLog) -> None:
+def train(config: FinetuneConfig, ranks: Ranks, run: Run, log: RunLog | NullLog, supervisor: Supervisor) -> None:
     """Train all epochs that are left, evaluate between them, and report on the chosen one at the end."""
-    trainer, steps, best = run.trainer, run.trainer.steps_per_epoch, run.best
-    for note in run.notes:
+    trainer, progress, steps = run.trainer, run.trainer.progress, run.trainer.steps_per_epoch
+    first_step, best_weights = progress.step, config.output_dir / BEST_WEIGHTS
+    for note in [*run.notes, *supervisor.notes]:
         log.message(note)
-    if run.epochs_done >= config.epochs:
+    if first_step >= config.epochs * steps:
         log.message(f"nothing to train: the {config.epochs} epochs of the run are done")
-    elif ranks.main:
-        save_settings(config)
-    if ranks.main and best is not None and run.best_weights != config.output_dir / BEST_WEIGHTS:
-        with replacing(config.output_dir / BEST_WEIGHTS) as temporary:
+    else:
+        supervisor.begin()
+    if ranks.main and progress.best is not None and run.best_weights != best_weights:
+        with replacing(best_weights) as temporary:
             shutil.copyfile(run.best_weights, temporary)
-    log.start(
-        total_steps=config.epochs * steps,
-        first_step=run.epochs_done * steps,
-        steps_per_epoch=steps,
-        epochs=config.epochs,
-    )
-    for epoch in range(run.epochs_done + 1, config.epochs + 1):
-        trainer.run_epoch(epoch - 1, log)
+    log.start(total_steps=config.epochs * steps, first_step=first_step, steps_per_epoch=steps, epochs=config.epochs)
+    trainer.faults.start(log)
+    for epoch in range(first_step // steps + 1, config.epochs + 1):
+        result = trainer.run_epoch(epoch - 1, log, supervisor)
         last, improved = epoch == config.epochs, False
         if config.select != "last" and (last or epoch % config.eval_every == 0):
-            name, value = headline(evaluate(run, config.select))
+            name, value = headline(evaluate(run, config.select, supervisor))
             log.evaluation(step=epoch * steps, epoch=epoch, **{f"{config.select} {name}": value})
-            if best is None or not value <= best["value"]:  # also better than one that is no number
-                best = {"epoch": epoch, "value": value}
-                improved = True
+            if progress.best is None or not value <= progress.best["value"]:  # also better than one that is no number
+                progress.best, improved = {"epoch": epoch, "value": value, "weights": None}, True
                 if ranks.main:
-                    save_weights(config.output_dir / BEST_WEIGHTS, trainer.model)
+                    save_weights(best_weights, trainer.model)
+                    progress.best["weights"] = file_hash(best_weights)
         # With the weights of the best epoch goes the state that knows of them.
-        if ranks.main and (last or improved or epoch % config.save_every == 0):
-            save_state(config, trainer.model, trainer.optimizer, epochs_done=epoch, steps_per_epoch=steps, best=best)
-    ranks.barrier()
-    report(config, ranks, run, best, log)
+        if last or improved or result.stop or epoch % config.save_every == 0:
+            keep = config.keep_every and epoch % config.keep_every == 0
+            trainer.save(log, supervisor, keep=epoch if keep else None)
+        if result.stop and not last:
+            raise Stopped(result.stop, progress.step)
+    report(config, ranks, run, log, supervisor)
 
 
-def evaluate(run: Run, split: str) -> Evaluation:
+def evaluate(run: Run, split: str, supervisor: Supervisor) -> Evaluation:
     """Evaluate the model as it is on a split, on all ranks."""
     trainer = run.trainer
-    scored = score_clips(trainer.model, trainer.front_end, run.splits[split], trainer.ranks, trainer.precision)
+    scored = score_clips(
+        trainer.model,
+        trainer.front_end,
+        run.splits[split],
+        trainer.ranks,
+        trainer.precision,
+        on_batch=partial(supervisor.mark, trainer.progress.step, f"evaluating on {split}"),
+    )
     return evaluate_scores(*scored, run.task.labels.names, multi_label=trainer.config.multi_label)
 
 
-def report(config: FinetuneConfig, ranks: Ranks, run: Run, best: dict[str, Any] | None, log: RunLog | NullLog) -> None:
+def report(config: FinetuneConfig, ranks: Ranks, run: Run, log: RunLog | NullLog, supervisor: Supervisor) -> None:
     """Evaluate the last and the chosen epoch on all splits, and write and tell what came out."""
-    evaluations = {split: evaluate(run, split) for split in run.splits}
+    best = run.trainer.progress.best
+    evaluations = {split: evaluate(run, split, supervisor) for split in run.splits}
     last = {split: evaluation.summary() for split, evaluation in evaluations.items()}
     best_epoch = config.epochs if best is None else best["epoch"]
     if best_epoch != config.epochs:
         if ranks.main:  # the others may not see its folder
             run.trainer.model.load_state_dict(load_classifier(config.output_dir / BEST_WEIGHTS).state_dict())
         ranks.broadcast(run.trainer.model)
-        evaluations = {split: evaluate(run, split) for split in run.splits}
+        evaluations = {split: evaluate(run, split, supervisor) for split in run.splits}
     for split, evaluation in evaluations.items():
         name, value = headline(evaluation)
         if ranks.main:
@@ -345,20 +364,19 @@ def summarise_folds(config: FinetuneConfig, folds: Sequence[int]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
-    run_command(PROG, partial(run_finetuning, arguments), if_interrupted=GOES_ON)
+    run_command(PROG, partial(run_finetuning, arguments))
 
 
-def run_finetuning(arguments: Sequence[str] | None) -> None:
-    """Fine-tune as the command line says.
+def run_finetuning(arguments: Sequence[str] | None) -> int:
+    """Fine-tune as the command line says, and return the exit status.
 
     Raises:
         SetupError: What is wrong with settings, data or checkpoints.
     """
     config = parse_arguments(arguments)
-    with join_ranks(config.device) as ranks:
+    with join_ranks(config.device, patience=config.rank_patience) as ranks:
         if config.dataset != "esc50" or config.fold is not None:
-            run_one(config, ranks)
-            return
+            return run_one(config, ranks)
         if config.resume not in (None, "auto"):
             raise SetupError(
                 f"resume is {config.resume}, but five folds go on from five checkpoints: take auto, or a fold"
@@ -366,20 +384,26 @@ def run_finetuning(arguments: Sequence[str] | None) -> None:
         if (config.output_dir / LAST).exists():
             raise SetupError(f"{config.output_dir} holds the run of a fold: choose another --output-dir for all five")
         for fold in ESC50_FOLDS:
-            run_one(replace(config, fold=fold, output_dir=config.output_dir / f"fold-{fold}"), ranks)
+            status = run_one(replace(config, fold=fold, output_dir=config.output_dir / f"fold-{fold}"), ranks)
+            if status:
+                return status
         if ranks.main:
             summarise_folds(config, ESC50_FOLDS)
+        return 0
 
 
-def run_one(config: FinetuneConfig, ranks: Ranks) -> None:
-    """Run one fine-tuning, from its data set to its report."""
+def run_one(config: FinetuneConfig, ranks: Ranks) -> int:
+    """Run one fine-tuning, from its data set to its report, and return the exit status."""
     run = agree(ranks, partial(build, config, ranks))
-    agree_on_epoch(ranks, run.epochs_done)
-    try:
-        with RunLog(config.output_dir) if ranks.main else NullLog() as log:
-            train(config, ranks, run, log)
-    except (OSError, FloatingPointError, ValueError) as error:
-        end_rank(PROG, ranks, error)
+    agree_on_step(ranks, run.trainer.progress.step)
+    with Supervisor(config, ranks, run.resumed) as supervisor:
+        return carry_out(PROG, ranks, supervisor, partial(record, config, ranks, run, supervisor))
+
+
+def record(config: FinetuneConfig, ranks: Ranks, run: Run, supervisor: Supervisor) -> None:
+    """Train with a log on the main rank."""
+    with RunLog(config.output_dir) if ranks.main else NullLog() as log:
+        train(config, ranks, run, log, supervisor)
 
 
 if __name__ == "__main__":

@@ -16,17 +16,14 @@ from pathlib import Path
 import torch
 from mae_kernels.ops import flash_attention, resolve_forms
 from matplotlib.figure import Figure
-from torch.utils.data import default_collate
 
 from audiomae.checkpoints import start_encoder
-from audiomae.data import ClipBatches, ClipDataset, read_manifest
+from audiomae.data import ClipBatches, ClipDataset, Replacing, collate_visits, read_manifest
 from audiomae.model import AudioMAE
 from audiomae.recipes import PRETRAIN_RECIPES
 from audiomae.training.command import (
-    GOES_ON,
     agree,
-    agree_on_epoch,
-    end_rank,
+    agree_on_step,
     make_loader,
     parse_run,
     run_command,
@@ -34,12 +31,17 @@ from audiomae.training.command import (
 )
 from audiomae.training.config import PretrainConfig
 from audiomae.training.distributed import Ranks, join_ranks
+from audiomae.training.ending import carry_out
 from audiomae.training.logging import NullLog, RunLog
 from audiomae.training.loop import autocast_dtype
 from audiomae.training.optimizer import build_adamw
+from audiomae.training.parallel import distribute
 from audiomae.training.pictures import reconstruction_examples
 from audiomae.training.pretrainer import Pretrainer, check_mask, draw_mask
-from audiomae.training.state import find_checkpoint, load_state, save_settings, save_state
+from audiomae.training.progress import Progress
+from audiomae.training.signals import Stopped
+from audiomae.training.state import Resumed, find_checkpoints, resume, resume_optimizer
+from audiomae.training.supervisor import Supervisor
 
 PROG = "audiomae.pretrain"
 
@@ -58,15 +60,15 @@ class Run:
     """Everything that a run needs.
 
     Attributes:
-        dataset: The clips.
+        clips: What is trained on.
         trainer: Trains on them.
-        epochs_done: Epochs behind a resumed run.
+        resumed: Where the run goes on; None for a new one.
         notes: Lines that tell what the run is.
     """
 
-    dataset: ClipDataset
+    clips: Replacing
     trainer: Pretrainer
-    epochs_done: int
+    resumed: Resumed | None
     notes: list[str]
 
 
@@ -77,8 +79,9 @@ def build(config: PretrainConfig, ranks: Ranks) -> Run:
         ValueError: Settings that do not go together, or a checkpoint that does not fit.
         OSError: A file or folder that is missing or cannot be read.
     """
-    checkpoint = find_checkpoint(config)
-    manifest = read_manifest(config.data)
+    config.check_stats()
+    checkpoints = find_checkpoints(config)
+    manifest = read_manifest(config.data, allow_outside=config.allow_outside)
     batches = ClipBatches(
         len(manifest),
         config.batch_size,
@@ -96,12 +99,17 @@ def build(config: PretrainConfig, ranks: Ranks) -> Run:
     if config.init_from is not None:
         notes = [f"encoder starts from {config.init_from}", *start_encoder(model.encoder, config.init_from)]
     model.to(ranks.device)
+    resumed, progress = None, Progress()
+    if checkpoints:
+        resumed = resume(
+            checkpoints, config, model, manifest, steps_per_epoch=batches.steps, world_size=ranks.world_size
+        )
+        progress = resumed.progress
+        notes += resumed.notes
+    replica = distribute(model, config, ranks)
     optimizer = build_adamw(model, lr=config.peak_lr, weight_decay=config.weight_decay, betas=config.betas)
-    epochs_done = 0
-    if checkpoint is not None:
-        resumed = load_state(checkpoint, config, model, optimizer, steps_per_epoch=batches.steps)
-        epochs_done = resumed.epochs_done
-        notes += [f"resumed from {checkpoint}, after epoch {epochs_done}", *resumed.notes]
+    if resumed is not None:
+        resume_optimizer(optimizer, resumed)
 
     frames, sample_rate = config.model.spec_size[0], config.model.sample_rate
     front_end = config.model.front_end().to(ranks.device)
@@ -127,9 +135,10 @@ def build(config: PretrainConfig, ranks: Ranks) -> Run:
         gain_db=config.gain_db,
         crop=config.crop,
     )
-    loader = make_loader(dataset, batches, ranks, share_processors(config.workers, ranks))
-    trainer = Pretrainer(config, ranks, model, optimizer, front_end, batches, loader)
-    return Run(dataset, trainer, epochs_done, [*describe(config, ranks, dataset, trainer), *notes])
+    clips = Replacing(dataset, config.seed)
+    loader = make_loader(clips, batches, ranks, share_processors(config.workers, ranks))
+    trainer = Pretrainer(config, ranks, model, replica, optimizer, front_end, manifest, batches, loader, progress)
+    return Run(clips, trainer, resumed, [*describe(config, ranks, dataset, trainer), *notes])
 
 
 def describe(config: PretrainConfig, ranks: Ranks, dataset: ClipDataset, trainer: Pretrainer) -> list[str]:
@@ -162,36 +171,36 @@ def describe_operators(config: PretrainConfig, ranks: Ranks, model: AudioMAE) ->
 
 def draw_examples(run: Run, count: int = 4) -> Figure:
     """Draw reconstructions of clips spread over the data, the same crops and masks at every call."""
-    trainer = run.trainer
-    clips = sorted({index * len(run.dataset) // count for index in range(count)})
-    waveform, pairs = default_collate([run.dataset[0, clip] for clip in clips])
+    trainer, manifest = run.trainer, run.clips.dataset.manifest
+    clips = sorted({index * len(run.clips) // count for index in range(count)})
+    waveform, pairs = collate_visits([run.clips[0, clip] for clip in clips]).data
     spec, mask = trainer.prepare(waveform, pairs)
-    names = [Path(run.dataset.manifest.path(clip)).stem for clip in clips]
+    names = [Path(manifest.path(clip)).stem for clip in pairs[:, 1].tolist()]
     return reconstruction_examples(trainer.model, trainer.front_end, spec, mask, names=names)
 
 
-def train(config: PretrainConfig, ranks: Ranks, run: Run, log: RunLog | NullLog) -> None:
+def train(config: PretrainConfig, ranks: Ranks, run: Run, log: RunLog | NullLog, supervisor: Supervisor) -> None:
     """Train all epochs that are left, with pictures and checkpoints between them."""
     trainer, steps = run.trainer, run.trainer.steps_per_epoch
-    for note in run.notes:
+    first_step = trainer.progress.step
+    for note in [*run.notes, *supervisor.notes]:
         log.message(note)
-    if run.epochs_done >= config.epochs:
+    if first_step >= config.epochs * steps:
         log.message(f"nothing to do: the {config.epochs} epochs of the run are done")
         return
-    if ranks.main:
-        save_settings(config)
-    log.start(
-        total_steps=config.epochs * steps,
-        first_step=run.epochs_done * steps,
-        steps_per_epoch=steps,
-        epochs=config.epochs,
-    )
-    for epoch in range(run.epochs_done + 1, config.epochs + 1):
-        result = trainer.run_epoch(epoch - 1, log)
+    supervisor.begin()
+    log.start(total_steps=config.epochs * steps, first_step=first_step, steps_per_epoch=steps, epochs=config.epochs)
+    trainer.faults.start(log)
+    for epoch in range(first_step // steps + 1, config.epochs + 1):
+        result = trainer.run_epoch(epoch - 1, log, supervisor)
         last = epoch == config.epochs
-        if ranks.main and (last or epoch % config.save_every == 0):
-            save_state(config, trainer.model, trainer.optimizer, epochs_done=epoch, steps_per_epoch=steps)
-        if ranks.main and config.picture_every and (last or epoch % config.picture_every == 0):
+        if last or result.stop or epoch % config.save_every == 0:
+            keep = config.keep_every and epoch % config.keep_every == 0
+            trainer.save(log, supervisor, keep=epoch if keep else None)
+        # Ranks that hold shards of the model compute together.
+        draws = ranks.main or config.parallel == "fsdp"
+        if draws and config.picture_every and (last or epoch % config.picture_every == 0):
+            supervisor.mark(trainer.progress.step, "drawing")
             log.picture("reconstruction", draw_examples(run), epoch * steps)
         if last:
             log.message(
@@ -199,29 +208,34 @@ def train(config: PretrainConfig, ranks: Ranks, run: Run, log: RunLog | NullLog)
                 f"the mean of every patch scores {result.scalars['baseline_loss']:.4f}\n"
                 f"weights, log, pictures and checkpoint are in {config.output_dir}"
             )
+        elif result.stop:
+            raise Stopped(result.stop, trainer.progress.step)
     ranks.barrier()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
-    run_command(PROG, partial(run_pretraining, arguments), if_interrupted=GOES_ON)
+    run_command(PROG, partial(run_pretraining, arguments))
 
 
-def run_pretraining(arguments: Sequence[str] | None) -> None:
-    """Pre-train as the command line says.
+def run_pretraining(arguments: Sequence[str] | None) -> int:
+    """Pre-train as the command line says, and return the exit status.
 
     Raises:
         SetupError: What is wrong with settings, data or checkpoints.
     """
     config = parse_arguments(arguments)
-    with join_ranks(config.device) as ranks:
+    with join_ranks(config.device, patience=config.rank_patience) as ranks:
         run = agree(ranks, partial(build, config, ranks))
-        agree_on_epoch(ranks, run.epochs_done)
-        try:
-            with RunLog(config.output_dir) if ranks.main else NullLog() as log:
-                train(config, ranks, run, log)
-        except (OSError, FloatingPointError) as error:
-            end_rank(PROG, ranks, error)
+        agree_on_step(ranks, run.trainer.progress.step)
+        with Supervisor(config, ranks, run.resumed) as supervisor:
+            return carry_out(PROG, ranks, supervisor, partial(record, config, ranks, run, supervisor))
+
+
+def record(config: PretrainConfig, ranks: Ranks, run: Run, supervisor: Supervisor) -> None:
+    """Train with a log on the main rank."""
+    with RunLog(config.output_dir) if ranks.main else NullLog() as log:
+        train(config, ranks, run, log, supervisor)
 
 
 if __name__ == "__main__":

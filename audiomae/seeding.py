@@ -64,3 +64,22 @@ def visit_seeds(seed: int, pairs: torch.Tensor, purpose: str) -> torch.Tensor:
     if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.dtype != torch.int64:
         raise ValueError(f"pairs must be int64 of shape (B, 2), got {pairs.dtype} of shape {tuple(pairs.shape)}")
     return torch.tensor([clip_seed(seed, epoch, clip, purpose) for epoch, clip in pairs.tolist()], dtype=torch.int64)
+
+
+def seed_device(device: torch.device, seed: int, step: int) -> None:
+    """Seed what a model draws in a training step (dropout) from the run's seed and the step alone.
+
+    All ranks and micro-batches of a step draw the same, so that it depends neither on their number nor, in a resumed
+    run, on what was drawn before.
+
+    Args:
+        device: Where the model is.
+        seed: Seed of the run.
+        step: Number of the step.
+    """
+    number = _derive("dropout", seed, step)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(number)
+    else:
+        # torch.manual_seed would also queue a seed and the stack of its caller for a GPU that is never used.
+        torch.default_generator.manual_seed(number)

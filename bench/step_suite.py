@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from audiomae import AudioMAE, AudioMAEConfig
-from audiomae.training.compiling import compile_blocks
+from audiomae.training.blocks import compile_blocks
 from bench.accuracy import Judge, attempt
 from bench.compare import Plan, compare, is_compiled
 from bench.measure import MIB, measure_ceilings, peak_bytes, saved_tensor_bytes

@@ -4,15 +4,17 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
 import tyro
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from audiomae.data import ClipError
+from audiomae.data import Replacing, collate_visits
 from audiomae.training.config import RunConfig, SetupError
 from audiomae.training.distributed import Ranks, is_main_process, join_ranks
+from audiomae.training.signals import shield_worker
 
 C = TypeVar("C", bound=RunConfig)
 T = TypeVar("T")
@@ -47,13 +49,14 @@ def parse_run(
         description: What ``--help`` says first.
 
     Raises:
-        SetupError: An unknown recipe, variant or size.
+        SetupError: An unknown recipe, variant or size, or a file of statistics that is none.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default="demo")
     first.add_argument("--variant", default="paper")
     first.add_argument("--size")
+    first.add_argument("--stats", type=Path)
     chosen, _ = first.parse_known_args(arguments)
     if chosen.recipe not in recipes:
         raise SetupError(f"recipe is {chosen.recipe!r}, expected one of {', '.join(recipes)}")
@@ -61,7 +64,9 @@ def parse_run(
         config = recipes[chosen.recipe](chosen.variant)
         if chosen.size is not None:
             config = config.resized(chosen.size)
-    except ValueError as error:
+        if chosen.stats is not None:
+            config = config.with_stats(chosen.stats)
+    except (ValueError, OSError) as error:
         raise SetupError(str(error)) from error
     return tyro.cli(
         config_class,
@@ -79,22 +84,22 @@ def agree(ranks: Ranks, build: Callable[[], T]) -> T:
     Raises:
         SetupError: What any rank found to be wrong.
     """
-    built, error = None, None
+    built, error = [], None
     try:
-        built = build()
+        built = [build()]
     except (ValueError, OSError) as caught:
         error = str(caught)
     errors = dict.fromkeys(text for text in ranks.gather(error) if text is not None)
-    if built is None or errors:
+    if errors:
         raise SetupError("; ".join(errors))
-    return built
+    return built[0]
 
 
-def agree_on_epoch(ranks: Ranks, epochs_done: int) -> None:
-    """Raise SetupError where ranks go on from different epochs."""
-    epochs = ranks.gather(epochs_done)
-    if len(set(epochs)) > 1:
-        raise SetupError(f"ranks go on from epochs {epochs}: expected one output folder that all machines share")
+def agree_on_step(ranks: Ranks, step: int) -> None:
+    """Raise SetupError where ranks go on from different steps."""
+    steps = ranks.gather(step)
+    if len(set(steps)) > 1:
+        raise SetupError(f"ranks go on from steps {steps}: expected one output folder that all machines share")
 
 
 def share_processors(workers: int | None, ranks: Ranks) -> int:
@@ -119,40 +124,47 @@ def share_processors(workers: int | None, ranks: Ranks) -> int:
     return workers
 
 
-GOES_ON = "; --resume auto goes on after the last saved epoch"
-
-
 def make_loader(dataset: Dataset[Any], batches: Sampler[Any], ranks: Ranks, workers: int) -> DataLoader[Any]:
-    """Make the loader of a batch sampler, whose workers live as long as it does."""
+    """Make the loader of a batch sampler, whose workers live as long as it does.
+
+    Args:
+        dataset: Batches of a :class:`Replacing` are :class:`audiomae.data.Batch`.
+        batches: Which clips a batch holds.
+        ranks: This process among the others.
+        workers: Processes that read; 0 reads in this one.
+    """
     return DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
         persistent_workers=workers > 0,
+        collate_fn=collate_visits if isinstance(dataset, Replacing) else None,
+        worker_init_fn=shield_worker if workers > 0 else None,
         pin_memory=ranks.device.type == "cuda",
         # Workers draw nothing from it, but starting them would take a number from the generator that dropout uses.
         generator=torch.Generator(),
     )
 
 
-def run_command(prog: str, run: Callable[[], None], *, if_interrupted: str = "") -> None:
+def run_command(prog: str, run: Callable[[], int | None]) -> None:
     """Run a command; what is wrong with settings, data or checkpoints ends it with one line and exit status 2.
 
     Args:
         prog: How the command is called.
-        run: What it does.
-        if_interrupted: What to tell of how to go on.
+        run: What it does; an exit status that it returns is passed on.
     """
     try:
-        run()
+        status = run()
     except SetupError as error:  # the same on all ranks
         if is_main_process():
             print(f"{prog}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         if is_main_process():
-            print(f"{prog}: interrupted{if_interrupted}", file=sys.stderr)
+            print(f"{prog}: interrupted", file=sys.stderr)
         sys.exit(130)
+    if status:
+        sys.exit(status)
 
 
 def run_on_files(prog: str, parse: Callable[[], F], run: Callable[[F, Ranks], int]) -> NoReturn:
@@ -178,14 +190,3 @@ def run_on_files(prog: str, parse: Callable[[], F], run: Callable[[F, Ranks], in
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(1 if failed else 0)
-
-
-def end_rank(prog: str, ranks: Ranks, error: Exception) -> NoReturn:
-    """Tell what ended this rank, and exit."""
-    # An error of a reading worker carries its traceback as text; the last line is the error itself.
-    reason = str(error).strip().splitlines()[-1].removeprefix(f"{ClipError.__module__}.{ClipError.__qualname__}: ")
-    where = f" (rank {ranks.rank})" if ranks.world_size > 1 else ""
-    print(f"{prog}: error{where}: {reason}", file=sys.stderr, flush=True)
-    if ranks.world_size > 1:
-        os._exit(2)  # an orderly exit could wait for the other ranks, which wait for this one
-    sys.exit(2)

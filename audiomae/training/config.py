@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 from audiomae.config import EncoderConfig
+from audiomae.data.log_mel_stats import read_stats
 from audiomae.model import AudioMAEConfig
 
 SMALL_BASE_LR = {2e-4: 5e-4, 1e-3: 2e-3}
@@ -28,6 +29,9 @@ class RunConfig:
     """Settings as the paper prints them, or as its released code has them."""
     size: str | None = None
     """Encoder size over the recipe's: tiny, small, base, large or huge."""
+
+    stats: Path | None = None
+    """Mean and deviation of the input over the model's, as python -m audiomae.data.stats --out FILE writes them."""
 
     output_dir: Path = Path("runs/run")
     """Where log.jsonl, TensorBoard files, checkpoints and whatever else a run makes go."""
@@ -61,6 +65,13 @@ class RunConfig:
     """Take the fastest form at hand of each operator instead of plain PyTorch."""
     compile: bool = False
     """Compile the transformer blocks with torch.compile."""
+    checkpoint_activations: bool = False
+    """Compute what transformer blocks need in backward anew instead of keeping it: less memory, more time."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Each rank holds the whole model (DDP), or a shard of it, its gradients and its optimiser (FSDP2), for models that
+    would not fit."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """In which gradients travel between ranks; bf16 is half as much."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Autocast: auto is bf16 on GPUs and fp32 on CPUs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -72,8 +83,19 @@ class RunConfig:
     """Steps between logged ones."""
     save_every: int = 1
     """Epochs between saves of the last checkpoint; the final epoch is always saved."""
+    save_steps: int = 1000
+    """Steps between saves within an epoch; 0 saves at the end of epochs alone."""
     keep_every: int = 8
     """Epochs between checkpoints that are kept; 0 keeps the last one alone."""
+
+    max_skipped: float = 0.01
+    """Share of an epoch's clips that may be skipped because they cannot be read; more of them end the run."""
+    skip_nonfinite: int = 0
+    """Steps of the run that may be left out because their loss or gradient is not finite; one more ends it."""
+    hang_timeout: float = 1800.0
+    """Seconds without any progress after which the run ends, and names the rank that holds it up; 0 waits for ever."""
+    allow_outside: bool = False
+    """Allow paths in manifests that lead out of the manifest's folder."""
 
     model: EncoderConfig = field(default_factory=EncoderConfig)
     """Architecture, and the statistics of its input."""
@@ -83,6 +105,9 @@ class RunConfig:
         self.check_positive("epochs", "batch_size", "accumulation", "repeats", "base_lr", "log_every", "save_every")
         self.check_positive("clip_grad")
         self.check_not_negative("warmup_epochs", "min_lr", "weight_decay", "keep_every", "seed", "workers")
+        self.check_not_negative("save_steps", "skip_nonfinite", "hang_timeout")
+        if not 0 <= self.max_skipped <= 1:
+            raise ValueError(f"max_skipped is {self.max_skipped}, expected a share from 0 to 1")
         if self.warmup_epochs > self.epochs:
             raise ValueError(
                 f"warmup_epochs is {self.warmup_epochs}, expected at most the {self.epochs} epochs of the run: "
@@ -114,6 +139,32 @@ class RunConfig:
             ValueError: Another size.
         """
         return replace(self, size=size, model=self.model.resized(size))
+
+    def with_stats(self, path: Path) -> Self:
+        """Take the mean and deviation of the input from a file.
+
+        Raises:
+            StatsError: It holds something else.
+            OSError: It cannot be read.
+        """
+        stats = read_stats(path)
+        return replace(self, stats=path, model=replace(self.model, mean=stats.mean, std=stats.std))
+
+    def check_stats(self) -> None:
+        """Raise ValueError if the statistics are of another sample rate or number of mel bins than the model's."""
+        if self.stats is None:
+            return
+        stats = read_stats(self.stats)
+        found = {"sample_rate": stats.sample_rate, "num_mels": stats.num_mels}
+        expected = {"sample_rate": self.model.sample_rate, "num_mels": self.model.spec_size[1]}
+        for name, value in found.items():
+            if value != expected[name]:
+                raise ValueError(f"{self.stats} has a {name} of {value}, the model {expected[name]}")
+
+    @property
+    def rank_patience(self) -> float:
+        """Seconds after which PyTorch gives up waiting for a rank: late, for the watchdog tells which one it was."""
+        return max(1800.0, 2 * self.hang_timeout)
 
     @property
     def peak_lr(self) -> float:
@@ -232,6 +283,10 @@ class FinetuneConfig(RunConfig):
     def __post_init__(self) -> None:
         """Check single settings."""
         super().__post_init__()
+        if self.parallel == "fsdp":
+            raise ValueError(
+                "parallel is fsdp, expected ddp: fine-tuning sees few tokens of a clip, and needs no shards"
+            )
         self.check_positive("eval_every", "layer_decay", "balanced_clips", "mixup_alpha")
         self.check_not_negative("time_mask", "frequency_mask")
         for name in ("drop_path", "mask_ratio_time", "mask_ratio_frequency"):

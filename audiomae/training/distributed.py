@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from audiomae.training.config import SetupError
+from audiomae.training.store import open_store
 
 
 @dataclass(frozen=True)
@@ -73,14 +75,15 @@ def is_main_process() -> bool:
 
 
 @contextmanager
-def join_ranks(device: str) -> Iterator[Ranks]:
+def join_ranks(device: str, patience: float = 1800.0) -> Iterator[Ranks]:
     """Join the processes that torchrun started, or run as the only one.
 
     Args:
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``. Ranks talk through NCCL on GPUs and gloo on CPUs.
+        patience: Seconds that they wait for each other before PyTorch gives up.
 
     Raises:
-        SetupError: ``"cuda"`` without a GPU, or fewer GPUs than processes on this machine.
+        SetupError: ``"cuda"`` without a GPU, fewer GPUs than processes on this machine, or ranks that do not come.
     """
     rank, world_size, local_rank, local_world_size = (
         int(os.environ.get(name, default))
@@ -96,7 +99,18 @@ def join_ranks(device: str) -> Iterator[Ranks]:
     if on_gpu:
         torch.cuda.set_device(chosen)
     if world_size > 1:
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None)
+        try:
+            store = open_store(rank, world_size)
+        except TimeoutError as error:
+            raise SetupError(str(error)) from error
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            store=dist.PrefixStore("group", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=patience),
+            device_id=chosen if on_gpu else None,
+        )
     yield Ranks(rank, world_size, local_world_size, chosen)
     if world_size > 1:  # not after an error: the others may wait in a collective, and this would wait for them
         dist.destroy_process_group()

@@ -1,15 +1,16 @@
 """Fine-tuning: spectrograms, masks and the loss of a batch of labelled clips; scores of clips for evaluation."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from audiomae.classifier import AudioClassifier
-from audiomae.data import ClipBatches
+from audiomae.data import ClipBatches, Manifest
 from audiomae.data.labelled import Example
 from audiomae.frontend import LogMel
 from audiomae.grid import PatchGrid
@@ -18,6 +19,7 @@ from audiomae.seeding import visit_seeds
 from audiomae.training.config import FinetuneConfig
 from audiomae.training.distributed import Ranks
 from audiomae.training.loop import Trainer
+from audiomae.training.progress import Progress
 
 
 def draw_mask(config: FinetuneConfig, grid: PatchGrid, seeds: Tensor) -> PatchMask | None:
@@ -56,10 +58,13 @@ class Finetuner(Trainer):
         config: The run. With ``freeze``, the encoder stays as it is and sees all patches.
         ranks: This process among the others.
         model: On ``ranks.device``.
+        replica: What :func:`audiomae.training.parallel.distribute` made of it.
         optimizer: Of the model's trainable parameters.
         front_end: Waveforms to spectrograms, on ``ranks.device``.
+        manifest: The clips, to name them.
         batches: Batch sampler of ``loader``.
         loader: Gives micro-batches of :class:`audiomae.data.labelled.Example`.
+        progress: How far the run is; None is at its beginning.
     """
 
     config: FinetuneConfig
@@ -70,24 +75,31 @@ class Finetuner(Trainer):
         config: FinetuneConfig,
         ranks: Ranks,
         model: AudioClassifier,
+        replica: nn.Module,
         optimizer: torch.optim.Optimizer,
         front_end: LogMel,
+        manifest: Manifest,
         batches: ClipBatches,
         loader: DataLoader[Any],
+        progress: Progress | None = None,
     ):
-        super().__init__(config, ranks, model, optimizer, batches, loader)
+        super().__init__(config, ranks, model, replica, optimizer, manifest, batches, loader, progress)
         self.front_end = front_end
 
-    def compute_loss(self, batch: Example, *, logged: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def visits(self, data: Example) -> Tensor:
+        """Tell the visits of a micro-batch's clips, ``(B, 2)`` int64."""
+        return data.pair
+
+    def compute_loss(self, data: Example, *, logged: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the classification loss of a micro-batch."""
         seeds, drop_path_seeds = (
-            self.ranks.send(visit_seeds(self.config.seed, batch.pair, purpose)) for purpose in ("mask", "drop path")
+            self.ranks.send(visit_seeds(self.config.seed, data.pair, purpose)) for purpose in ("mask", "drop path")
         )
-        spec = prepare(batch, self.front_end, self.ranks)
+        spec = prepare(data, self.front_end, self.ranks)
         mask = draw_mask(self.config, self.model.grid, seeds)
         with self.autocast():
             logits = self.replica(spec, mask, drop_path_seeds)
-        target = self.ranks.send(batch.target)
+        target = self.ranks.send(data.target)
         if self.config.loss == "bce":
             return F.binary_cross_entropy_with_logits(logits.float(), target), {}
         return F.cross_entropy(logits.float(), target), {}
@@ -112,6 +124,7 @@ def score_clips(
     loader: DataLoader[Any],
     ranks: Ranks,
     precision: torch.dtype = torch.float32,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> ClipScores:
     """Score every clip of a split once, over all ranks.
 
@@ -122,6 +135,7 @@ def score_clips(
             :class:`audiomae.data.sampling.EvaluationBatches` draws it.
         ranks: This process among the others.
         precision: Of autocast; float32 is none.
+        on_batch: Called after each batch.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -134,6 +148,7 @@ def score_clips(
             clips.append(batch.pair[:, 1].clone())  # a view would keep the shared memory of its worker open
             scores.append(model.scores(logits))
             targets.append(batch.target.bool())
+            on_batch()
     finally:
         for module, training in modes:
             module.training = training

@@ -1,15 +1,17 @@
 """The record of a run: a line of JSON a logged step, TensorBoard, pictures, and a progress display."""
 
+import csv
 import json
 import math
 import os
 import sys
 import time
 from collections import deque
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -30,8 +32,10 @@ class RunLog:
     A context manager: leaving it closes the files, and the display stays as it was. It writes
 
     - ``log.jsonl``: one JSON object a logged step, with "step", "epoch", "loss", "lr", "clips_per_second", "waiting",
-      further scalars, and "time" in seconds since 1970. Steps ascend. A number that is not finite becomes ``null``.
+      "skipped", further scalars, and "time" in seconds since 1970. Steps ascend. A number that is not finite becomes
+      ``null``.
     - ``evaluations.jsonl``: one JSON object an evaluation, with "step", "epoch", what it found, and "time".
+    - ``skipped.csv`` and ``nonfinite.csv``, where there is something to tell: see :mod:`audiomae.training.faults`.
     - ``tensorboard/``: the same scalars, and the pictures.
     - ``pictures/``: ``<tag>-epoch-0010.png``, or ``<tag>-step-0001234.png`` from within an epoch.
 
@@ -101,6 +105,7 @@ class RunLog:
         lr: float,
         clips_per_second: float,
         waiting: float,
+        skipped: int = 0,
         **scalars: float,
     ) -> None:
         """Log a step. Reading its loss waits for the device, so do this now and then only.
@@ -112,6 +117,7 @@ class RunLog:
             lr: Learning rate.
             clips_per_second: Of all ranks, since the last logged step.
             waiting: Share of the time since then that the main rank waited for data, 0 to 1.
+            skipped: Clips that could not be read until now.
             scalars: What else there is.
 
         Raises:
@@ -120,7 +126,7 @@ class RunLog:
         """
         if step <= self._last_step:
             raise ValueError(f"step is {step}, expected one after {self._last_step}, which is logged or resumed from")
-        rates = {"clips_per_second": clips_per_second, "waiting": waiting}
+        rates = {"clips_per_second": clips_per_second, "waiting": waiting, "skipped": skipped}
         values = {"epoch": epoch, "loss": loss, "lr": lr, **rates, **scalars}
         for name, value in values.items():
             if not isinstance(value, int | float):
@@ -130,6 +136,7 @@ class RunLog:
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
         texts = [f"loss {loss:.4f}", f"lr {lr:.2e}", f"{clips_per_second:,.0f} clips/s", f"waiting {waiting:.0%}"]
+        texts += [f"skipped {skipped}"] if skipped else []
         self._display.step(step, "  ".join([*texts, *(f"{name} {value:.4g}" for name, value in scalars.items())]))
 
     def evaluation(self, *, step: int, epoch: int, **values: float) -> None:
@@ -139,6 +146,26 @@ class RunLog:
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
         self.message(f"epoch {epoch}: {'  '.join(f'{name} {value:.4f}' for name, value in values.items())}")
+
+    def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, anew: bool = False) -> None:
+        """Add rows to a CSV file of the directory, which begins with its columns.
+
+        Args:
+            name: Of the file. Without rows, none is made.
+            columns: Its header.
+            rows: What to add.
+            anew: Drop what the file holds.
+        """
+        path = self.directory / name
+        if anew:
+            path.unlink(missing_ok=True)
+        rows = list(rows)
+        if not rows:
+            return
+        new = not path.exists()
+        # File names may hold bytes that are no UTF-8.
+        with path.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            csv.writer(file).writerows([columns, *rows] if new else rows)
 
     def advance(self, step: int) -> None:
         """Tell the display that ``step`` is done. Call it at every step: it takes microseconds."""
@@ -170,7 +197,7 @@ class NullLog:
     def start(self, *args: object, **kwargs: object) -> None:
         """Do nothing."""
 
-    step = evaluation = advance = message = picture = start
+    step = evaluation = table = advance = message = picture = start
 
 
 class _Pace:

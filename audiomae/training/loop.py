@@ -1,50 +1,38 @@
 """The training loop: what pre-training and fine-tuning have in common."""
 
-import inspect
 import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from audiomae.data import ClipBatches
-from audiomae.seeding import clip_seed
-from audiomae.training.compiling import compile_blocks
+from audiomae.data import ClipBatches, Manifest
+from audiomae.seeding import seed_device
 from audiomae.training.config import RunConfig
 from audiomae.training.distributed import Ranks
+from audiomae.training.faults import Faults
 from audiomae.training.logging import NullLog, RunLog
 from audiomae.training.optimizer import cosine_lr, set_lr
+from audiomae.training.parallel import syncing, whole
+from audiomae.training.progress import EpochResult, Meter, Progress
+from audiomae.training.rollcall import COMPUTING
+from audiomae.training.signals import Stopped
+from audiomae.training.state import Model, State, settings_of
+from audiomae.training.supervisor import NullSupervisor, Supervisor
+from audiomae.training.verdict import PendingVerdict
 
-# Buffers are constant. PyTorch 2.13 gave the setting that sends them in every forward a new name.
-SYNC_BUFFERS = (
-    "forward_sync_buffers"
-    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    else "broadcast_buffers"
-)
+WAITING_FOR_DATA = "waiting for data"
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Dtype that a model runs in under ``"bf16"``, ``"fp32"`` or ``"auto"``, which is bf16 on GPUs."""
     bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
     return torch.bfloat16 if bf16 else torch.float32
-
-
-class EpochResult(NamedTuple):
-    """Averages over an epoch and all ranks.
-
-    Attributes:
-        loss: Of the model, over all steps.
-        scalars: What else was logged, over the logged steps.
-    """
-
-    loss: float
-    scalars: dict[str, float]
 
 
 class _Waits:
@@ -76,39 +64,46 @@ class Trainer(ABC):
         config: The run.
         ranks: This process among the others.
         model: On ``ranks.device``.
+        replica: What :func:`audiomae.training.parallel.distribute` made of it.
         optimizer: Of the model's parameters.
+        manifest: The clips, to name them.
         batches: Batch sampler of ``loader``.
-        loader: Gives micro-batches.
+        loader: Gives micro-batches, each a :class:`audiomae.data.Batch`.
+        progress: How far the run is; None is at its beginning.
     """
 
     def __init__(
         self,
         config: RunConfig,
         ranks: Ranks,
-        model: nn.Module,
+        model: Model,
+        replica: nn.Module,
         optimizer: torch.optim.Optimizer,
+        manifest: Manifest,
         batches: ClipBatches,
         loader: DataLoader[Any],
+        progress: Progress | None = None,
     ):
-        self.config, self.ranks, self.model, self.optimizer = config, ranks, model, optimizer
-        self.batches, self.loader = batches, loader
+        self.config, self.ranks, self.optimizer = config, ranks, optimizer
+        self.model, self.replica = model, replica
+        self.manifest, self.batches, self.loader = manifest, batches, loader
+        self.progress = progress or Progress()
+        self.faults = Faults(config, ranks, manifest, batches.steps * batches.batch_size, self.progress)
         self.steps_per_epoch = batches.steps
         self.precision = autocast_dtype(config.precision, ranks.device)
-        if config.compile:
-            compile_blocks(model)
-        self.replica: Any = model
-        if ranks.world_size > 1:
-            options: dict[str, Any] = {SYNC_BUFFERS: False, "gradient_as_bucket_view": True}
-            self.replica = DistributedDataParallel(model, **options)
 
     @abstractmethod
-    def compute_loss(self, batch: Any, *, logged: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def compute_loss(self, data: Any, *, logged: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of a micro-batch through ``self.replica``, and what else is logged of a logged step.
 
         Args:
-            batch: As the loader gives it, on the CPU.
+            data: As the loader gives it, on the CPU.
             logged: Whether this step is logged; the others return no more than the loss.
         """
+
+    @abstractmethod
+    def visits(self, data: Any) -> Tensor:
+        """Tell the visits of a micro-batch's clips, ``(B, 2)`` int64: epoch and clip of each."""
 
     def set_training_mode(self) -> None:
         """Put the model into training mode."""
@@ -118,62 +113,100 @@ class Trainer(ABC):
         """The precision that the model runs in."""
         return torch.autocast(self.ranks.device.type, self.precision, enabled=self.precision != torch.float32)
 
-    def run_epoch(self, epoch: int, log: RunLog | NullLog) -> EpochResult:
-        """Train for one epoch; nothing waits for the device but logged steps, and the last step is always logged.
+    def run_epoch(
+        self, epoch: int, log: RunLog | NullLog, supervisor: Supervisor | NullSupervisor | None = None
+    ) -> EpochResult:
+        """Train for one epoch, or what is left of it; the last step is always logged.
 
-        The share of time that is logged as ``waiting`` is this process's, between logged steps, inside the loader. On a
-        GPU it bounds from above how long the device lacked data, for what is queued there goes on meanwhile. Where it
-        is another rank that lacks data, this one waits for its gradients instead, and only clips/s tells.
+        Nothing waits for the device but logged steps, and each step for the one before it. The share of time that is
+        logged as ``waiting`` is this process's, between logged steps, inside the loader. On a GPU it bounds from above
+        how long the device lacked data, for what is queued there goes on meanwhile. Where it is another rank that lacks
+        data, this one waits for its gradients instead, and only clips/s tells.
 
         Args:
             epoch: Its number, from 0.
             log: Where logged steps go.
+            supervisor: Saves within the epoch, and passes on signals.
 
         Raises:
-            FloatingPointError: The loss at a logged step is not finite.
+            FloatingPointError: More steps than may be left out had a loss or a gradient that is not finite.
+            TooManySkippedError: More clips than may be skipped cannot be read.
+            Stopped: A signal stopped the run within the epoch; its state is saved.
         """
-        # What the model draws (dropout) depends on the epoch and the rank alone, so that a resumed run draws the same.
-        torch.manual_seed(clip_seed(self.config.seed, epoch, self.ranks.rank, "dropout"))
+        supervisor = supervisor or NullSupervisor()
+        first = self.progress.step - epoch * self.steps_per_epoch
+        if not first:
+            self.faults.begin_epoch()
+        meter = Meter.restore(self.progress.meter if first else None, self.ranks.device)
         self.set_training_mode()
-        self.batches.set_epoch(epoch)
-        epoch_loss = torch.zeros((), device=self.ranks.device)
-        recent_loss, recent_steps, recent_start = torch.zeros_like(epoch_loss), 0, time.perf_counter()
-        logged_scalars: list[dict[str, float]] = []
+        self.batches.set_epoch(epoch, first)
+        pending: PendingVerdict | None = None
         # The same iterator as often as a batch has micro-batches: zip takes the next one from it each time.
         waits = _Waits(self.loader)
         micro_batches = [iter(waits)] * self.config.accumulation
-        for index, batch in enumerate(zip(*micro_batches, strict=True)):
-            step = epoch * self.steps_per_epoch + index + 1
-            logged = step % self.config.log_every == 0 or index + 1 == self.steps_per_epoch
+        recent_steps, recent_start = 0, time.perf_counter()
+        supervisor.mark(self.progress.step, WAITING_FOR_DATA)
+        for index, batch in enumerate(zip(*micro_batches, strict=True), start=first):
+            step, last = epoch * self.steps_per_epoch + index + 1, index + 1 == self.steps_per_epoch
+            supervisor.mark(step, COMPUTING)
+            logged = last or step % self.config.log_every == 0
             lr = self._learning_rate(step - 1)
             set_lr(self.optimizer, lr)
-            loss, scalars = self._train_step(batch, logged=logged)
-            recent_loss += loss
+            self.faults.meet(step, batch)
+            scalars, judged = self._train_step(step, [part.data for part in batch], meter, supervisor, logged=logged)
+            stop = 0 if pending is None else self.faults.judge(pending.wait(), log, supervisor)
+            pending = judged
+            self.progress.step = step
             recent_steps += 1
             if logged:
-                names = list(scalars)
-                values = torch.stack([recent_loss / recent_steps, *scalars.values()])
-                average, *others = self.ranks.mean(values).tolist()
-                if not math.isfinite(average):
-                    raise FloatingPointError(f"the loss is {average} at step {step} (epoch {epoch + 1})")
-                logged_scalars.append(dict(zip(names, others, strict=True)))
+                loss, *others = self.ranks.mean(torch.stack([meter.recent(), *scalars.values()])).tolist()
+                meter.log(loss, dict(zip(scalars, others, strict=True)))
+                self.faults.settle(log)
                 seconds = time.perf_counter() - recent_start
                 log.step(
                     step=step,
                     epoch=epoch + 1,
-                    loss=average,
+                    loss=loss,
                     lr=lr,
                     clips_per_second=recent_steps * self.config.batch_size / seconds,
                     waiting=waits.seconds / seconds,
-                    **logged_scalars[-1],
+                    skipped=len(self.progress.unread),
+                    **dict(zip(scalars, others, strict=True)),
                 )
-                epoch_loss += recent_loss
-                recent_loss, recent_steps, recent_start = torch.zeros_like(epoch_loss), 0, time.perf_counter()
-                waits.seconds = 0.0
+                recent_steps, recent_start, waits.seconds = 0, time.perf_counter(), 0.0
             log.advance(step)
-        average = self.ranks.mean(epoch_loss / self.steps_per_epoch).item()
-        count = len(logged_scalars)
-        return EpochResult(average, {k: sum(s[k] for s in logged_scalars) / count for k in logged_scalars[0]})
+            if last or stop or supervisor.saves_after(step):
+                stop = stop or self.faults.judge(pending.wait(), log, supervisor)
+                pending = None
+            if not last and (stop or supervisor.saves_after(step)):
+                self.progress.meter = meter.state(self.ranks)
+                self.save(log, supervisor)
+                if stop:
+                    raise Stopped(stop, step)
+            supervisor.mark(step, WAITING_FOR_DATA)
+        self.progress.meter = None
+        return meter.result(stop)
+
+    def save(self, log: RunLog | NullLog, supervisor: Supervisor | NullSupervisor, *, keep: int | None = None) -> None:
+        """Save the state of the run; all ranks take part.
+
+        Args:
+            log: Where clips that cannot be read go.
+            supervisor: Writes the state.
+            keep: Number of an epoch whose state is kept under a name of its own too.
+        """
+        self.faults.settle(log)
+        state = State(
+            settings=settings_of(self.config),
+            config=self.model.config.to_dict(),
+            model=whole(self.model.state_dict()),
+            optimizer=whole(self.optimizer.state_dict()),
+            progress=dict(vars(self.progress)),
+            steps_per_epoch=self.steps_per_epoch,
+            launch=supervisor.launch,
+            clips=self.manifest.fingerprint(),
+        )
+        supervisor.save(state, self.model, keep=keep)
 
     def _learning_rate(self, steps_done: int) -> float:
         return cosine_lr(
@@ -184,24 +217,38 @@ class Trainer(ABC):
             minimum=self.config.min_lr,
         )
 
-    def _train_step(self, batch: Sequence[Any], *, logged: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """Take an optimiser step on the micro-batches of a batch; return the means of what they give."""
-        count = len(batch)
-        loss = torch.zeros((), device=self.ranks.device)
+    def _train_step(
+        self, step: int, batch: Sequence[Any], meter: Meter, supervisor: Supervisor | NullSupervisor, *, logged: bool
+    ) -> tuple[dict[str, Tensor], PendingVerdict]:
+        """Take an optimiser step on the micro-batches of a batch; return what else they give, and the verdict on it."""
+        visits = [self.visits(data) for data in batch]
+        losses: list[Tensor] = []
+        total = torch.zeros((), device=self.ranks.device)
         scalars: dict[str, Tensor] = {}
-        for micro, micro_batch in enumerate(batch):
+        for micro, data in enumerate(batch):
+            # The mean over ranks of the sums over micro-batches is then the mean over clips, also of unequal shares.
+            weight = len(visits[micro]) * self.ranks.world_size / self.config.batch_size
             # All gradients are reduced once, in the backward of the last micro-batch.
-            syncs = micro + 1 == count or self.ranks.world_size == 1
-            with nullcontext() if syncs else self.replica.no_sync():
-                micro_loss, micro_scalars = self.compute_loss(micro_batch, logged=logged)
-                (micro_loss / count).backward()
-            loss += micro_loss.detach() / count
-            for name, value in micro_scalars.items():
-                scalars[name] = scalars.get(name, 0) + value / count
+            with syncing(self.replica, micro + 1 == len(batch)):
+                seed_device(self.ranks.device, self.config.seed, step)
+                loss, others = self.compute_loss(data, logged=logged)
+                # A loss that is not finite makes the whole gradient so, and with it that of every other rank.
+                (loss * torch.where(loss.detach().isfinite(), weight, math.nan)).backward()
+            losses.append(loss.detach())
+            total += losses[-1] * weight
+            for name, value in others.items():
+                scalars[name] = scalars.get(name, 0) + value * weight
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        finite = norm.isfinite()
         if self.config.clip_grad is not None:
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
-            if logged:
-                scalars["gradient_norm"] = norm
+            nn.utils.clip_grads_with_norm_(parameters, self.config.clip_grad, norm)
+        # The optimiser's own switch, made for gradient scalers: nothing changes in a step where it is not 0.
+        self.optimizer.found_inf = 1 - finite.float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss, scalars
+        meter.add(total, finite)
+        if logged:
+            scalars["gradient_norm"] = norm
+        return scalars, PendingVerdict(step, finite, torch.stack(losses), visits, supervisor.stop, self.ranks)

@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from audiomae.data import ClipBatches
+from audiomae.data import ClipBatches, Manifest
 from audiomae.frontend import LogMel
 from audiomae.grid import PatchGrid
 from audiomae.masking import PatchMask
@@ -15,6 +15,7 @@ from audiomae.seeding import visit_seeds
 from audiomae.training.config import PretrainConfig
 from audiomae.training.distributed import Ranks
 from audiomae.training.loop import Trainer
+from audiomae.training.progress import Progress
 
 
 def draw_mask(config: PretrainConfig, grid: PatchGrid, seeds: Tensor, impl: str) -> PatchMask:
@@ -50,10 +51,13 @@ class Pretrainer(Trainer):
         config: The run.
         ranks: This process among the others.
         model: On ``ranks.device``.
+        replica: What :func:`audiomae.training.parallel.distribute` made of it.
         optimizer: Of the model's parameters.
         front_end: Waveforms to spectrograms, on ``ranks.device``.
+        manifest: The clips, to name them.
         batches: Batch sampler of ``loader``.
-        loader: Gives micro-batches ``(waveform (B, samples), pairs (B, 2))``.
+        loader: Gives micro-batches of ``(waveform (B, samples), pairs (B, 2))``.
+        progress: How far the run is; None is at its beginning.
     """
 
     config: PretrainConfig
@@ -64,17 +68,24 @@ class Pretrainer(Trainer):
         config: PretrainConfig,
         ranks: Ranks,
         model: AudioMAE,
+        replica: nn.Module,
         optimizer: torch.optim.Optimizer,
         front_end: LogMel,
+        manifest: Manifest,
         batches: ClipBatches,
         loader: DataLoader[Any],
+        progress: Progress | None = None,
     ):
-        super().__init__(config, ranks, model, optimizer, batches, loader)
+        super().__init__(config, ranks, model, replica, optimizer, manifest, batches, loader, progress)
         self.front_end = front_end
 
-    def compute_loss(self, batch: tuple[Tensor, Tensor], *, logged: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def visits(self, data: tuple[Tensor, Tensor]) -> Tensor:
+        """Tell the visits of a micro-batch's clips, ``(B, 2)`` int64."""
+        return data[1]
+
+    def compute_loss(self, data: tuple[Tensor, Tensor], *, logged: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the reconstruction loss of a micro-batch."""
-        spec, mask = self.prepare(*batch)
+        spec, mask = self.prepare(*data)
         with self.autocast():
             loss = self.replica(spec, mask).loss
         return loss, {"baseline_loss": self.model.baseline_loss(spec, mask)} if logged else {}

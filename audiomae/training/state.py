@@ -2,41 +2,68 @@
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from audiomae.atomic import replacing
 from audiomae.checkpoints import CheckpointError, save_weights
-from audiomae.checkpoints.files import load_pickle, replacing
+from audiomae.checkpoints.checksum import has_checksum, save_with_checksum
+from audiomae.checkpoints.files import BrokenFileError, load_pickle
 from audiomae.checkpoints.shapes import check_state
 from audiomae.classifier import AudioClassifier
+from audiomae.data import Manifest
 from audiomae.model import AudioMAE
 from audiomae.training.config import RunConfig
 from audiomae.training.logging import LOG
+from audiomae.training.parallel import sharded
+from audiomae.training.progress import Progress
 
 Model = AudioMAE | AudioClassifier
 
 LAST = "checkpoint-last.pt"
+PREVIOUS = "checkpoint-previous.pt"
+KEPT = "checkpoint-epoch-*.pt"
 WEIGHTS = "weights.safetensors"
 SETTINGS = "config.json"
+LAUNCHES = "launches.jsonl"
 
 # Settings that may differ between a run and the one that goes on from it without changing what is computed.
-FREE_SETTINGS = {"output_dir", "resume", "workers", "log_every", "picture_every", "save_every", "keep_every", "device"}
+FREE_SETTINGS = {
+    "output_dir",
+    "resume",
+    "workers",
+    "log_every",
+    "picture_every",
+    "save_every",
+    "save_steps",
+    "keep_every",
+    "device",
+    "max_skipped",
+    "skip_nonfinite",
+    "hang_timeout",
+    "allow_outside",
+    "stats",
+    "parallel",
+    "checkpoint_activations",
+}
 
 
-def find_checkpoint(config: RunConfig) -> Path | None:
-    """Find the checkpoint that a run goes on from, None for a new run.
+def find_checkpoints(config: RunConfig) -> list[Path]:
+    """Find the checkpoints that a run can go on from, the one to try first in front; none for a new run.
 
     Raises:
         FileNotFoundError: ``resume`` names a file that does not exist.
         FileExistsError: The output folder holds another run, or its log, which this one would overwrite.
         CheckpointError: ``resume`` names a file of weights alone.
     """
-    last = config.output_dir / LAST
+    folder = config.output_dir
+    own = [folder / LAST, folder / PREVIOUS, *sorted(folder.glob(KEPT), reverse=True)]
+    own = [path for path in own if path.exists()]
     if config.resume == "auto":
-        return last if last.exists() else None
+        return own
     chosen = None if config.resume is None else Path(config.resume)
     if chosen is not None and not chosen.is_file():
         raise FileNotFoundError(f"no checkpoint at {chosen}, expected a file that an earlier run saved")
@@ -44,12 +71,10 @@ def find_checkpoint(config: RunConfig) -> Path | None:
         raise CheckpointError(
             f"{chosen} holds weights alone, expected a {LAST}: start from weights with {config.start_flag}"
         )
-    used = last.exists() or _has_lines(config.output_dir / LOG)
-    if used and (chosen is None or chosen.resolve().parent != config.output_dir.resolve()):
-        raise FileExistsError(
-            f"{config.output_dir} holds a run already: go on with --resume auto, or choose another --output-dir"
-        )
-    return chosen
+    used = bool(own) or _has_lines(folder / LOG)
+    if used and (chosen is None or chosen.resolve().parent != folder.resolve()):
+        raise FileExistsError(f"{folder} holds a run already: go on with --resume auto, or choose another --output-dir")
+    return [] if chosen is None else [chosen]
 
 
 def _has_lines(log: Path) -> bool:
@@ -61,123 +86,197 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(config), default=str))
 
 
-def save_settings(config: RunConfig) -> None:
-    """Write the settings of a run beside its log."""
+def save_settings(config: RunConfig, launch: dict[str, Any]) -> None:
+    """Write the settings of a run beside its log, and add with what it was started this time."""
     with replacing(config.output_dir / SETTINGS) as temporary:
         temporary.write_text(json.dumps(settings_of(config), indent=2) + "\n")
+    with (config.output_dir / LAUNCHES).open("a", encoding="utf-8") as file:
+        print(json.dumps(launch), file=file)
 
 
-def save_state(
-    config: RunConfig,
-    model: Model,
-    optimizer: torch.optim.Optimizer,
-    *,
-    epochs_done: int,
-    steps_per_epoch: int,
-    best: dict[str, Any] | None = None,
-) -> None:
-    """Save the state of a run after an epoch, and its weights as safetensors.
+@dataclass(frozen=True)
+class State:
+    """The state of a run in a file.
 
-    Files appear whole or not at all. Everything random in an epoch is drawn from the seed and the epoch's number, so
-    this is all that a run needs to go on exactly.
+    Everything random is drawn from the seed and the numbers of steps, epochs and clips, so that this is all that a run
+    needs to go on exactly, on any number of ranks.
+
+    Attributes:
+        settings: Of the run.
+        config: Of its model.
+        model: Tensors by name.
+        optimizer: State dictionary of the optimiser.
+        progress: How far the run is, in plain values.
+        steps_per_epoch: Steps of an epoch.
+        launch: With what the process that saved it was started.
+        clips: Fingerprint of the manifest.
+    """
+
+    settings: dict[str, Any]
+    config: dict[str, Any]
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+    progress: dict[str, Any]
+    steps_per_epoch: int
+    launch: dict[str, Any]
+    clips: str
+
+
+def save_state(folder: Path, state: State, model: Model, *, keep: int | None = None) -> None:
+    """Save the state of a run, and its weights as safetensors. Files appear whole or not at all.
+
+    The state that was the last one until now stays, as ``checkpoint-previous.pt``.
 
     Args:
-        config: The run. Every ``keep_every`` epochs the state is kept under a name of its own too.
-        model: Its model.
-        optimizer: Its optimiser.
-        epochs_done: Epochs trained so far.
-        steps_per_epoch: Steps that each of them took.
-        best: What is known of the best epoch so far, in plain values.
+        folder: The output folder.
+        state: The state.
+        model: Its model, with the weights.
+        keep: Number of an epoch whose state is kept under a name of its own too.
     """
-    state = {
-        "settings": settings_of(config),
-        "config": model.config.to_dict(),
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "epochs_done": epochs_done,
-        "steps_per_epoch": steps_per_epoch,
-        "best": best,
-    }
-    folder = config.output_dir
-    with replacing(folder / LAST) as temporary:
-        torch.save(state, temporary)
-    if config.keep_every and epochs_done % config.keep_every == 0:
-        with replacing(folder / f"checkpoint-epoch-{epochs_done:04d}.pt") as temporary:
+    with replacing(folder / LAST, previous=folder / PREVIOUS) as temporary:
+        save_with_checksum(vars(state), temporary)
+    if keep is not None:
+        with replacing(folder / KEPT.replace("*", f"{keep:04d}")) as temporary:
             shutil.copyfile(folder / LAST, temporary)
-    save_weights(folder / WEIGHTS, model)
+    save_weights(folder / WEIGHTS, (model.config, state.model))
 
 
-class Resumed(NamedTuple):
+def read_state(path: Path) -> State:
+    """Read the state of a run.
+
+    Raises:
+        BrokenFileError: The file is not as it was written.
+        CheckpointError: It is not the state of a run, or holds other classes.
+    """
+    content = load_pickle(path)
+    kinds = {"steps_per_epoch": int, "clips": str}
+    for part in fields(State):
+        if not isinstance(content.get(part.name), kinds.get(part.name, dict)):
+            raise CheckpointError(f"{path} is not the state of a run: it has no {part.name}")
+    if not has_checksum(path):
+        raise BrokenFileError(f"{path} is corrupt: it has no checksum at its end")
+    return State(**{part.name: content[part.name] for part in fields(State)})
+
+
+@dataclass(frozen=True)
+class Resumed:
     """Where a run goes on.
 
     Attributes:
-        epochs_done: Epochs behind it.
-        best: What was known of the best epoch so far; None where nothing was.
+        path: The checkpoint.
+        step: Its steps.
+        progress: How far the run is, which goes on with the training.
+        optimizer: State dictionary of the optimiser.
         changed: Names of the settings that have changed since.
-        notes: A line for each of them.
+        broken: Checkpoints that should have come first and cannot be read.
+        notes: Lines that tell all that.
     """
 
-    epochs_done: int
-    best: dict[str, Any] | None
+    path: Path
+    step: int
+    progress: Progress
+    optimizer: dict[str, Any]
     changed: list[str]
+    broken: list[Path]
     notes: list[str]
 
 
-def load_state(
-    path: Path, config: RunConfig, model: Model, optimizer: torch.optim.Optimizer, *, steps_per_epoch: int
+def resume(
+    paths: list[Path], config: RunConfig, model: Model, manifest: Manifest, *, steps_per_epoch: int, world_size: int
 ) -> Resumed:
-    """Load the state of a run into its model and optimiser. Settings of the optimiser stay as ``config`` has them.
+    """Load the weights of a run into its model, and tell where it goes on.
 
     Args:
-        path: The checkpoint.
+        paths: Checkpoints, the one to try first in front. One that is broken is told of, and the next one taken.
         config: The run that goes on.
         model: Its model.
-        optimizer: Its optimiser.
+        manifest: Its clips.
         steps_per_epoch: Steps that an epoch of it takes.
+        world_size: Ranks that it has.
 
     Raises:
-        CheckpointError: The file is broken, not the state of a run, that of another model, or of epochs of another
-            length, from which steps could not be counted on.
+        CheckpointError: No file is whole, or the first one that is is not the state of a run, that of another model,
+            or of epochs of another length, from which steps could not be counted on.
     """
-    state = load_pickle(path)
-    kinds = {
-        "settings": dict,
-        "config": dict,
-        "model": dict,
-        "optimizer": dict,
-        "epochs_done": int,
-        "steps_per_epoch": int,
-    }
-    for key, kind in kinds.items():
-        if not isinstance(state.get(key), kind):
-            raise CheckpointError(f"{path} is not the state of a run: it has no {key}")
-    # Once, the input's statistics were settings of the run.
-    moved = {name: state["settings"][name] for name in ("sample_rate", "mean", "std") if name in state["settings"]}
-    other_model = _differences({**type(model.config)().to_dict(), **moved, **state["config"]}, model.config.to_dict())
+    broken: list[Path] = []
+    notes: list[str] = []
+    for path in paths:
+        try:
+            state = read_state(path)
+        except BrokenFileError as error:
+            broken.append(path)
+            notes.append(str(error))
+            continue
+        progress, changed = _load(path, state, config, model, steps_per_epoch)
+        epoch, step = divmod(progress.step, steps_per_epoch)
+        within = f" and step {step} of {steps_per_epoch} of the next one" if step else ""
+        notes.append(f"resumed from {path}, after epoch {epoch}{within}")
+        ranks = state.launch.get("ranks")
+        if ranks != world_size:
+            notes.append(f"changed since the checkpoint: ranks were {ranks}, are {world_size}")
+        notes += [f"changed since the checkpoint: {line}" for line in changed.values()]
+        if state.clips != manifest.fingerprint():
+            notes.append("changed since the checkpoint: the list of clips; skipped ones are counted anew")
+            progress.unread = {}
+        return Resumed(path, progress.step, progress, state.optimizer, list(changed), broken, notes)
+    raise CheckpointError("; ".join(notes))
+
+
+def _load(
+    path: Path, state: State, config: RunConfig, model: Model, steps_per_epoch: int
+) -> tuple[Progress, dict[str, str]]:
+    """Load the weights of a state, and tell how far it is and which settings have changed."""
+    other_model = _differences({**type(model.config)().to_dict(), **state.config}, model.config.to_dict())
     if other_model:
         raise CheckpointError(f"{path} is the state of another model: {', '.join(other_model.values())}")
-    if state["epochs_done"] > config.epochs:
-        raise CheckpointError(f"{path} has {state['epochs_done']} epochs behind it, the run has {config.epochs} in all")
-    if state["steps_per_epoch"] != steps_per_epoch:
+    try:
+        progress = Progress(**state.progress)
+        epochs_done = -(-progress.step // state.steps_per_epoch)
+        check_state(model.config, state.model)
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"{path} cannot be gone on from: {error}") from error
+    if epochs_done > config.epochs:
+        raise CheckpointError(f"{path} has {epochs_done} epochs behind it, the run has {config.epochs} in all")
+    if state.steps_per_epoch != steps_per_epoch:
         raise CheckpointError(
-            f"{path} counts {state['steps_per_epoch']} steps an epoch, this run {steps_per_epoch}: "
+            f"{path} counts {state.steps_per_epoch} steps an epoch, this run {steps_per_epoch}: "
             f"go on with the data, batch size and repeats of the checkpoint, or start anew with {config.start_flag}"
         )
+    model.load_state_dict(state.model)
+    compared = {k: v for k, v in settings_of(config).items() if k not in FREE_SETTINGS}
+    return progress, _differences(state.settings, compared)
+
+
+def resume_optimizer(optimizer: torch.optim.Optimizer, resumed: Resumed) -> None:
+    """Load the state of a run's optimiser, whose settings stay as they are.
+
+    Args:
+        optimizer: Of the model's parameters, which may be sharded.
+        resumed: Where the run goes on.
+
+    Raises:
+        CheckpointError: It does not fit.
+    """
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
-        check_state(model.config, state["model"])
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        optimizer.load_state_dict(state["optimizer"])
-        if len(optimizer.state) != sum(len(group["params"]) for group in optimizer.param_groups):
+        moments = {
+            number: {name: sharded(value, parameters[number]) for name, value in values.items()}
+            for number, values in resumed.optimizer["state"].items()
+        }
+        optimizer.load_state_dict({**resumed.optimizer, "state": moments})
+        if len(optimizer.state) != len(parameters):
             raise CheckpointError("its optimiser lacks the moments of some parameters")
-    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
-        raise CheckpointError(f"{path} cannot be gone on from: {error}") from error
-    model.load_state_dict(state["model"])
+    except (ValueError, LookupError, TypeError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(f"{resumed.path} cannot be gone on from: {error}") from error
     for group, settings in zip(optimizer.param_groups, groups, strict=True):
         group.update(settings)
-    compared = {k: v for k, v in settings_of(config).items() if k not in FREE_SETTINGS}
-    changed = _differences(state["settings"], compared)
-    notes = [f"changed since the checkpoint: {line}" for line in changed.values()]
-    return Resumed(state["epochs_done"], state.get("best"), list(changed), notes)
+
+
+def set_aside(broken: list[Path], folder: Path) -> list[str]:
+    """Rename checkpoints of a run's own folder that cannot be read, lest they push out the one before them."""
+    own = [path for path in broken if path.parent == folder and path.exists()]
+    return [f"{path.name} is kept as {path.rename(path.with_suffix('.broken')).name}" for path in own]
 
 
 def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> dict[str, str]:

@@ -28,7 +28,7 @@ TOTAL = {"total_steps": 60, "steps_per_epoch": 20, "epochs": 3}
 
 def draw_values(generator: random.Random) -> dict[str, float]:
     names = ("loss", "lr", "clips_per_second", "waiting", "baseline_loss")
-    return {name: generator.lognormvariate(0, 3) for name in names}
+    return {"skipped": generator.randrange(9), **{name: generator.lognormvariate(0, 3) for name in names}}
 
 
 def log_steps(directory, steps, seed: int, first_step: int = 0) -> dict[int, dict[str, float]]:
@@ -95,7 +95,15 @@ def test_a_resumed_record_is_one_record(tmp_path, capfd, resumed):
     assert f"dropped {dropped} line{'s' if dropped > 1 else ''} after step {resumed}\n" in capfd.readouterr().err
 
     events = read_tensorboard(tmp_path)
-    assert set(events.Tags()["scalars"]) == {"epoch", "loss", "lr", "clips_per_second", "waiting", "baseline_loss"}
+    assert set(events.Tags()["scalars"]) == {
+        "epoch",
+        "loss",
+        "lr",
+        "clips_per_second",
+        "waiting",
+        "skipped",
+        "baseline_loss",
+    }
     for name in events.Tags()["scalars"]:
         drawn = {event.step: event.value for event in events.Scalars(name)}
         assert drawn == {step: np.float32(values[name]) for step, values in expected.items()}

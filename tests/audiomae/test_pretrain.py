@@ -1,42 +1,20 @@
 """The pre-training command on the demo clips: what it writes, what it prints, and that its runs agree."""
 
 import json
-import os
-import re
-import shlex
 import shutil
-import subprocess
-import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import soundfile
 import torch
 from safetensors.torch import load_file
 
 from audiomae import AudioMAEConfig
 from audiomae.checkpoints import load
+from audiomae.data.log_mel_stats import SCHEMA, VERSION
 from audiomae.pretrain import build, main, parse_arguments
 from audiomae.training.distributed import join_ranks
-
-TINY = shlex.split(
-    "--model.spec-size 64 128 --model.embed-dim 32 --model.depth 2 --model.num-heads 2 "
-    "--model.decoder-dim 16 --model.decoder-depth 2 --model.decoder-heads 2 "
-    "--batch-size 42 --repeats 1 --workers 0 --warmup-epochs 1 --log-every 1"
-)
-
-
-def run(output: Path, *flags: str) -> list[dict[str, float]]:
-    main([*TINY, "--output-dir", str(output), *flags])
-    return read_log(output)
-
-
-def read_log(output: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-
-
-def losses(log: list[dict[str, float]]) -> torch.Tensor:
-    return torch.tensor([record["loss"] for record in log], dtype=torch.float64)
+from tests.audiomae.runs import TINY, losses, read_log, run, torchrun
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +33,11 @@ def test_run_leaves_log_pictures_and_checkpoints(trained: Path) -> None:
     assert (trained / "pictures" / "reconstruction-epoch-0003.png").stat().st_size > 10_000
     assert list((trained / "tensorboard").iterdir())
     names = {path.name for path in trained.glob("*.pt")}
-    assert names == {"checkpoint-last.pt", *(f"checkpoint-epoch-000{epoch}.pt" for epoch in (1, 2, 3))}
+    assert names == {
+        "checkpoint-last.pt",
+        "checkpoint-previous.pt",
+        *(f"checkpoint-epoch-000{epoch}.pt" for epoch in (1, 2, 3)),
+    }
 
 
 def test_weights_and_checkpoint_hold_the_same_model(trained: Path) -> None:
@@ -93,13 +75,6 @@ def test_resume_auto_continues_in_place_and_knows_the_end(
 def test_accumulation_and_workers_do_not_change_the_run(trained: Path, tmp_path: Path) -> None:
     log = run(tmp_path / "run", "--epochs", "3", "--accumulation", "3", "--workers", "2")
     torch.testing.assert_close(losses(log), losses(read_log(trained)), rtol=1e-5, atol=0)
-
-
-def torchrun(output: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "audiomae.pretrain", *TINY, "--output-dir", str(output), "--device", "cpu", *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
 def test_two_processes_follow_the_curve_of_one(trained: Path, tmp_path: Path) -> None:
@@ -168,29 +143,6 @@ def test_resume_takes_new_settings_and_tells_them(
     assert json.loads((output / "config.json").read_text())["weight_decay"] == 0.5
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
-def test_a_clip_that_cannot_be_read_ends_in_one_line(
-    workers: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "clips").mkdir()
-    (tmp_path / "clips" / "broken.wav").write_text("no sound")
-    with pytest.raises(SystemExit) as end:
-        run(tmp_path / "run", "--data", str(tmp_path / "clips"), "--batch-size", "1", "--workers", workers)
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert end.value.code == 2
-    assert last.startswith(f"audiomae.pretrain: error: {tmp_path / 'clips' / 'broken.wav'}: cannot be read as audio")
-
-
-def test_an_error_of_any_rank_is_told(tmp_path: Path) -> None:
-    (tmp_path / "clips").mkdir()
-    for name in ("a", "b", "c"):
-        soundfile.write(tmp_path / "clips" / f"{name}.wav", [0.1, 0.2] * 8000, 16000)
-    (tmp_path / "clips" / "d.wav").write_text("no sound")
-    done = torchrun(tmp_path / "run", "--data", str(tmp_path / "clips"), "--batch-size", "4", "--epochs", "9")
-    assert done.returncode != 0
-    assert re.search(r"audiomae\.pretrain: error \(rank [01]\): \S+d\.wav: cannot be read as audio", done.stderr)
-
-
 def test_a_wrong_setting_is_told_once_by_all_ranks(tmp_path: Path) -> None:
     done = torchrun(tmp_path / "run", "--mask-ratio", "0.99")
     assert done.returncode != 0
@@ -205,6 +157,29 @@ def test_flags_change_the_recipe() -> None:
     assert parse_arguments(["--variant=released", "--recipe=pretrain-audioset"]).epochs == 33
     sized = parse_arguments(["--recipe", "pretrain-audioset", "--size", "large"]).model
     assert (sized.embed_dim, sized.depth, sized.num_heads) == (1024, 24, 16)
+
+
+def test_statistics_of_the_data_normalise_the_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stats = tmp_path / "stats.json"
+    content = {"schema": SCHEMA, "version": VERSION, "mean": -7.5, "std": 5.25, "sample_rate": 16000, "num_mels": 128}
+    stats.write_text(json.dumps(content))
+    config = parse_arguments(["--stats", str(stats)])
+    assert (config.model.mean, config.model.std) == (-7.5, 5.25)
+    assert config.model == replace(parse_arguments([]).model, mean=-7.5, std=5.25)
+    assert parse_arguments(["--stats", str(stats), "--model.std", "3"]).model.std == 3
+    run(tmp_path / "run", "--epochs", "1", "--stats", str(stats), "--picture-every", "0")
+    assert load(tmp_path / "run" / "weights.safetensors")[0].mean == -7.5
+
+    stats.write_text(json.dumps({**content, "sample_rate": 32000}))
+    for flags, message in (
+        (["--stats", str(stats)], f"{stats} has a sample_rate of 32000, the model 16000"),
+        (["--stats", str(tmp_path / "none.json")], "none.json"),
+        (["--stats", str(tmp_path / "run" / "log.jsonl")], "log.jsonl: no"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*TINY, "--output-dir", str(tmp_path / "other"), *flags])
+        (line,) = capsys.readouterr().err.splitlines()[-1:]
+        assert message in line
 
 
 def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
@@ -237,7 +212,7 @@ def write_broken_inputs(folder: Path) -> None:
         ("--data {folder}/empty", "/empty"),
         ("--data {folder}/empty.csv", "empty.csv"),
         ("--batch-size 500", "batch of 500 clips, but the manifest has 126"),
-        ("--accumulation 4", "a rank's 42 clips of a batch cannot be split into 4 equal parts"),
+        ("--accumulation 43", "a batch of 42 clips, expected at least 43: one for each of 43 parts on each of 1 ranks"),
         ("--clip-seconds 0.01", "clip_seconds is 0.01: 0 frames, expected at least the 16 of a patch"),
         ("--clip-seconds 20", "clip_seconds is 20.0, expected at most the 0.655 s of 64 frames"),
         ("--output-dir {folder}/logged", "logged holds a run already"),

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from audiomae import AudioMAE, AudioMAEConfig, PatchGrid
-from audiomae.data import ClipBatches
+from audiomae.data import Batch, ClipBatches, Manifest
 from audiomae.recipes import PRETRAIN_RECIPES, pretrain_audioset
 from audiomae.training import loop
 from audiomae.training.config import PretrainConfig
@@ -98,6 +98,10 @@ def test_released_variant_differs_where_the_code_does() -> None:
         ({"weight_decay": -1.0}, "weight_decay is -1.0, expected at least 0"),
         ({"clip_grad": 0.0}, "clip_grad is 0.0, expected more than 0"),
         ({"warmup_epochs": 40.0}, "warmup_epochs is 40.0, expected at most the 32 epochs of the run: lower both"),
+        ({"max_skipped": 2.0}, "max_skipped is 2.0, expected a share from 0 to 1"),
+        ({"skip_nonfinite": -1}, "skip_nonfinite is -1, expected at least 0"),
+        ({"hang_timeout": -1.0}, "hang_timeout is -1.0, expected at least 0"),
+        ({"save_steps": -1}, "save_steps is -1, expected at least 0"),
         ({"workers": -1}, "workers is -1, expected at least 0"),
         ({"model": AudioMAEConfig(in_channels=3)}, "model.in_channels is 3, expected 1"),
     ],
@@ -137,9 +141,9 @@ class SlowLoader:
         self.clock.now += self.starting
         return map(self.read, self.batches)
 
-    def read(self, pairs: list[tuple[int, int]]) -> torch.Tensor:
+    def read(self, pairs: list[tuple[int, int]]) -> Batch:
         self.clock.now += self.reading
-        return torch.ones(len(pairs), 1)
+        return Batch(torch.ones(len(pairs), 1), ())
 
 
 class SlowTrainer(loop.Trainer):
@@ -148,16 +152,20 @@ class SlowTrainer(loop.Trainer):
     clock = Clock()
     computing = 0.0
 
-    def compute_loss(self, batch, *, logged):
+    def compute_loss(self, data, *, logged):
         self.clock.now += self.computing
-        return self.replica(batch).mean(), {}
+        return self.replica(data).mean(), {}
+
+    def visits(self, data):
+        return torch.zeros(len(data), 2, dtype=torch.int64)
 
 
 def make_trainer(config: PretrainConfig, batches: ClipBatches, loader: object) -> SlowTrainer:
     model = nn.Linear(1, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
     ranks = Ranks(rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
-    return SlowTrainer(config, ranks, model, optimizer, batches, loader)  # type: ignore[arg-type]
+    manifest = Manifest([("clip.wav", ())])
+    return SlowTrainer(config, ranks, model, model, optimizer, manifest, batches, loader)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
@@ -194,10 +202,15 @@ class SlowClips:
         return torch.ones(1)
 
 
+def as_batch(samples: list[torch.Tensor]) -> Batch:
+    return Batch(torch.stack(samples), ())
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_waiting_for_a_slow_loader(workers: int) -> None:
     batches = ClipBatches(8, 2)
-    loader = DataLoader(SlowClips(), batch_sampler=batches, num_workers=workers)  # type: ignore[arg-type, var-annotated]
+    clips = SlowClips()
+    loader = DataLoader(clips, batch_sampler=batches, collate_fn=as_batch, num_workers=workers)  # type: ignore[arg-type]
     log = Log()
     make_trainer(PretrainConfig(batch_size=2, log_every=1), batches, loader).run_epoch(0, log)
     assert len(log.records) == 4
@@ -208,4 +221,4 @@ def test_an_epoch_averages_what_steps_give_and_no_more() -> None:
     batches = ClipBatches(4, 2)
     loader = SlowLoader(batches, Clock(), 0, 0)
     result = make_trainer(PretrainConfig(batch_size=2), batches, loader).run_epoch(0, NullLog())
-    assert result.scalars == {}
+    assert list(result.scalars) == ["gradient_norm"]

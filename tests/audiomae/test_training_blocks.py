@@ -1,11 +1,11 @@
-"""Compiling block by block: the same numbers and names, and no more compilations for more blocks."""
+"""Compilation and activation checkpoints block by block: the same numbers and names, few compilations, less kept."""
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
 from audiomae import AudioMAE, AudioMAEConfig
-from audiomae.training.compiling import compile_blocks
+from audiomae.training.blocks import checkpoint_blocks, compile_blocks
 
 
 def build(depth: int, decoder_depth: int) -> AudioMAE:
@@ -47,3 +47,31 @@ def test_gradients_are_those_of_the_model() -> None:
     actual = torch.autograd.grad(model(spec, seeds=seeds).loss, list(model.parameters()))
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("decoder", ["local", "hybrid"])
+def test_activation_checkpoints_keep_less_and_change_nothing(decoder: str) -> None:
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 32, "depth": 3, "num_heads": 2, "decoder_dim": 32, "decoder_depth": 6, "decoder_heads": 2}
+    model = AudioMAE(AudioMAEConfig(spec_size=(64, 32), decoder=decoder, bias_dropout=0.3, **sizes))
+    spec, seeds = torch.randn(2, 1, 64, 32), torch.arange(2)
+    kept = 0
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        kept += tensor.nbytes
+        return tensor
+
+    def gradients() -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = model(spec, seeds=seeds).loss
+        return list(torch.autograd.grad(loss, list(model.parameters())))
+
+    expected, kept_before, names = gradients(), kept, list(model.state_dict())
+    checkpoint_blocks(model)
+    kept = 0
+    for one, other in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert kept < kept_before / 3, (kept, kept_before)
+    assert list(model.state_dict()) == names
