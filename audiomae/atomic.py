@@ -11,6 +11,19 @@ _SUFFIX = ".tmp"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
+class NoSpaceError(OSError):
+    """A disk is full; the message says what to do."""
+
+    @classmethod
+    def at(cls, path: Path) -> "NoSpaceError":
+        """The error of a file that cannot be written, or of a folder in which one cannot."""
+        free = shutil.disk_usage(path if path.is_dir() else path.parent).free / 2**20
+        return cls(
+            f"no space is left to write {path} ({free:,.0f} MiB are free): every file that was there is whole; "
+            "make room, then go on"
+        )
+
+
 @contextmanager
 def replacing(path: Path, *, previous: Path | None = None) -> Iterator[Path]:
     """Give a temporary path to write to, which becomes ``path`` at the end: at no time is there half a file.
@@ -24,7 +37,8 @@ def replacing(path: Path, *, previous: Path | None = None) -> Iterator[Path]:
 
     Raises:
         FileNotFoundError: No such directory.
-        OSError: No space is left, and what to do about it; or another error of the file system.
+        NoSpaceError: The disk is full.
+        OSError: Another error of the file system.
     """
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no such directory: {path.parent}")
@@ -38,16 +52,17 @@ def replacing(path: Path, *, previous: Path | None = None) -> Iterator[Path]:
         with suppress(OSError):  # some file systems cannot flush a directory
             _flush(path.parent)
     except OSError as error:
-        if error.errno not in _NO_SPACE:
+        if not is_full(error):
             raise
         temporary.unlink(missing_ok=True)
-        raise OSError(
-            error.errno,
-            f"no space is left to write {path} ({shutil.disk_usage(path.parent).free / 2**20:,.0f} MiB are free): "
-            "every file that was there is whole; make room, then go on",
-        ) from error
+        raise NoSpaceError.at(path) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_full(error: OSError) -> bool:
+    """Whether an error is that of a full disk or a used up quota."""
+    return error.errno in _NO_SPACE
 
 
 def remove_leftovers(folder: Path) -> list[str]:

@@ -37,6 +37,7 @@ from audiomae.training.command import (
     agree,
     agree_on_step,
     make_loader,
+    make_training_loader,
     parse_run,
     run_command,
     share_processors,
@@ -113,10 +114,11 @@ def build(config: FinetuneConfig, ranks: Ranks) -> Run:
     )
     if config.select != "last" and getattr(task, config.select) is None:
         raise ValueError(f"select is {config.select}, but {task.name} has no {config.select} split: take --select last")
+    samples = config.model.front_end().num_samples(config.model.spec_size[0])
     clips = partial(
         LabelledClips,
         sample_rate=config.model.sample_rate,
-        samples=config.model.front_end().num_samples(config.model.spec_size[0]),
+        samples=samples,
         spec_size=config.model.spec_size,
         seed=config.seed,
     )
@@ -159,7 +161,7 @@ def build(config: FinetuneConfig, ranks: Ranks) -> Run:
 
     workers = share_processors(config.workers, ranks)
     train_clips = Replacing(clips(task.train, classes, augmentation=augmentation_of(config)), config.seed)
-    loader = make_loader(train_clips, batches, ranks, workers)
+    loader = make_training_loader(train_clips, samples, batches, ranks, workers)
     front_end = config.model.front_end().to(ranks.device)
     trainer = Finetuner(config, ranks, model, replica, optimizer, front_end, task.train, batches, loader, progress)
     splits = {}

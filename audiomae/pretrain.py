@@ -24,7 +24,7 @@ from audiomae.recipes import PRETRAIN_RECIPES
 from audiomae.training.command import (
     agree,
     agree_on_step,
-    make_loader,
+    make_training_loader,
     parse_run,
     run_command,
     share_processors,
@@ -136,7 +136,8 @@ def build(config: PretrainConfig, ranks: Ranks) -> Run:
         crop=config.crop,
     )
     clips = Replacing(dataset, config.seed)
-    loader = make_loader(clips, batches, ranks, share_processors(config.workers, ranks))
+    workers = share_processors(config.workers, ranks)
+    loader = make_training_loader(clips, samples, batches, ranks, workers)
     trainer = Pretrainer(config, ranks, model, replica, optimizer, front_end, manifest, batches, loader, progress)
     return Run(clips, trainer, resumed, [*describe(config, ranks, dataset, trainer), *notes])
 

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from torch.utils.data import DataLoader
 
-from audiomae.data import ClipBatches, ClipDataset, Manifest
+from audiomae.data import ClipBatches, ClipDataset, ClipLoader, Manifest, Replacing
 from bench.compare import Plan, compare
 from bench.provenance import provenance
 from bench.rows import Row
@@ -62,7 +61,7 @@ def calls_on(manifest: Manifest) -> dict[str, Call]:
     clips = ClipDataset(manifest, RATE, SECONDS * RATE)
     # The worker starts on an epoch when it is asked for one, and has then done all of the one before: no other turn
     # has it at work.
-    loader = DataLoader(clips, batch_sampler=batches, num_workers=1, persistent_workers=True)
+    loader = ClipLoader(Replacing(clips), SECONDS * RATE, batches, workers=1)
 
     def pairs_of(turn: int) -> Sequence[tuple[int, int]]:
         batches.set_epoch(turn)
@@ -81,7 +80,7 @@ def calls_on(manifest: Manifest) -> dict[str, Call]:
         for _ in loader:
             pass
 
-    return {"libsndfile": libsndfile, "ClipDataset": dataset, "DataLoader, 1 worker": one_worker}
+    return {"libsndfile": libsndfile, "ClipDataset": dataset, "ClipLoader, 1 worker": one_worker}
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -1,6 +1,7 @@
 """Audio in: manifests, labels, data sets, clip reading, and the batches of a run."""
 
 from audiomae.data.clips import ClipDataset, ClipError, read_waveform
+from audiomae.data.handover import ClipLoader
 from audiomae.data.labels import LabelError, Labels, read_labels
 from audiomae.data.manifests import Manifest, ManifestError, read_manifest
 from audiomae.data.replacing import Batch, Replacing, Unread, collate_visits
@@ -11,6 +12,7 @@ __all__ = [
     "ClipBatches",
     "ClipDataset",
     "ClipError",
+    "ClipLoader",
     "LabelError",
     "Labels",
     "Manifest",

@@ -168,8 +168,11 @@ class _Clip:
         """Mono float32 samples [first, first + count) at the file's own rate."""
         try:
             if self._file.seekable():
-                preroll = min(first, _MP3_PREROLL if self._file.format == "MP3" else 0)
-                self._file.seek(first - preroll)
+                is_mp3 = self._file.format == "MP3"
+                preroll = min(first, _MP3_PREROLL if is_mp3 else 0)
+                # Seeking in FLAC decodes; an MP3 gives other samples at its very beginning without.
+                if is_mp3 or self._file.tell() != first - preroll:
+                    self._file.seek(first - preroll)
                 samples = _decode_next(self._file, preroll + count)[preroll:]
             else:
                 with _open(self._path) as file:

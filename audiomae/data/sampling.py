@@ -112,6 +112,12 @@ class ClipBatches(Sampler[list[tuple[int, int]]]):
         """Global batches of an epoch."""
         return self.clips_per_pass * self.repeats // self.batch_size
 
+    @property
+    def largest_part(self) -> int:
+        """Clips of the longest list, on any rank."""
+        share = -(-self.batch_size // self.world_size)
+        return -(-share // self.splits)
+
     def __len__(self) -> int:
         return (self.steps - self.first_step) * self.splits
 

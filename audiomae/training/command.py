@@ -11,7 +11,7 @@ import torch
 import tyro
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from audiomae.data import Replacing, collate_visits
+from audiomae.data import ClipBatches, ClipLoader, Replacing
 from audiomae.training.config import RunConfig, SetupError
 from audiomae.training.distributed import Ranks, is_main_process, join_ranks
 from audiomae.training.signals import shield_worker
@@ -125,10 +125,10 @@ def share_processors(workers: int | None, ranks: Ranks) -> int:
 
 
 def make_loader(dataset: Dataset[Any], batches: Sampler[Any], ranks: Ranks, workers: int) -> DataLoader[Any]:
-    """Make the loader of a batch sampler, whose workers live as long as it does.
+    """Make the loader of a split that is evaluated, whose workers live as long as it does.
 
     Args:
-        dataset: Batches of a :class:`Replacing` are :class:`audiomae.data.Batch`.
+        dataset: The clips.
         batches: Which clips a batch holds.
         ranks: This process among the others.
         workers: Processes that read; 0 reads in this one.
@@ -138,11 +138,24 @@ def make_loader(dataset: Dataset[Any], batches: Sampler[Any], ranks: Ranks, work
         batch_sampler=batches,
         num_workers=workers,
         persistent_workers=workers > 0,
-        collate_fn=collate_visits if isinstance(dataset, Replacing) else None,
         worker_init_fn=shield_worker if workers > 0 else None,
         pin_memory=ranks.device.type == "cuda",
-        # Workers draw nothing from it, but starting them would take a number from the generator that dropout uses.
+        # Starting workers would take a number from the generator that dropout uses.
         generator=torch.Generator(),
+    )
+
+
+def make_training_loader(
+    clips: Replacing[Any], samples: int, batches: ClipBatches, ranks: Ranks, workers: int
+) -> ClipLoader:
+    """Make the loader of what is trained on; arguments as for :func:`make_loader`, and the samples of a clip."""
+    return ClipLoader(
+        clips,
+        samples,
+        batches,
+        workers=workers,
+        worker_init=shield_worker,
+        pin_memory=ranks.device.type == "cuda",
     )
 
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from audiomae.atomic import NoSpaceError, is_full
 from audiomae.data import ClipError
 from audiomae.training.distributed import Ranks
 from audiomae.training.faults import TooManySkippedError
@@ -40,7 +41,9 @@ def carry_out(prog: str, ranks: Ranks, supervisor: Supervisor, train: Callable[[
     except (FloatingPointError, TooManySkippedError) as error:  # the same on all ranks
         end_rank(ranks, f"{prog}: error: {error}" if ranks.main else "", supervisor)
     except OSError as error:
-        end_rank(ranks, error_line(prog, ranks, error), supervisor)
+        # The log does not tell of itself what to do about a full disk.
+        told = NoSpaceError.at(supervisor.folder) if is_full(error) else error
+        end_rank(ranks, error_line(prog, ranks, told), supervisor)
     except RuntimeError as error:
         if str(error).startswith(WORKER_DIED):
             end_rank(ranks, f"{error_line(prog, ranks, error)}; {GOES_ON}", supervisor)

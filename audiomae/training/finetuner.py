@@ -1,6 +1,6 @@
 """Fine-tuning: spectrograms, masks and the loss of a batch of labelled clips; scores of clips for evaluation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from audiomae.classifier import AudioClassifier
-from audiomae.data import ClipBatches, Manifest
+from audiomae.data import Batch, ClipBatches, Manifest
 from audiomae.data.labelled import Example
 from audiomae.frontend import LogMel
 from audiomae.grid import PatchGrid
@@ -80,7 +80,7 @@ class Finetuner(Trainer):
         front_end: LogMel,
         manifest: Manifest,
         batches: ClipBatches,
-        loader: DataLoader[Any],
+        loader: Iterable[Batch],
         progress: Progress | None = None,
     ):
         super().__init__(config, ranks, model, replica, optimizer, manifest, batches, loader, progress)

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
 
-from audiomae.data import ClipBatches, Manifest
+from audiomae.data import Batch, ClipBatches, Manifest
 from audiomae.seeding import seed_device
 from audiomae.training.config import RunConfig
 from audiomae.training.distributed import Ranks
@@ -81,7 +80,7 @@ class Trainer(ABC):
         optimizer: torch.optim.Optimizer,
         manifest: Manifest,
         batches: ClipBatches,
-        loader: DataLoader[Any],
+        loader: Iterable[Batch],
         progress: Progress | None = None,
     ):
         self.config, self.ranks, self.optimizer = config, ranks, optimizer

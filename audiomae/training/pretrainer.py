@@ -1,12 +1,11 @@
 """Pre-training: masks, and the loss of a batch of waveforms."""
 
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from audiomae.data import ClipBatches, Manifest
+from audiomae.data import Batch, ClipBatches, Manifest
 from audiomae.frontend import LogMel
 from audiomae.grid import PatchGrid
 from audiomae.masking import PatchMask
@@ -73,7 +72,7 @@ class Pretrainer(Trainer):
         front_end: LogMel,
         manifest: Manifest,
         batches: ClipBatches,
-        loader: DataLoader[Any],
+        loader: Iterable[Batch],
         progress: Progress | None = None,
     ):
         super().__init__(config, ranks, model, replica, optimizer, manifest, batches, loader, progress)

@@ -24,11 +24,13 @@ class Supervisor:
         resumed: Where it goes on; None for a new run.
 
     Attributes:
+        folder: The output folder.
         launch: With what this process was started.
         notes: Lines that tell what was found in the output folder.
     """
 
     def __init__(self, config: RunConfig, ranks: Ranks, resumed: Resumed | None = None):
+        self.folder = config.output_dir
         self.launch = describe_launch(ranks)
         self.notes: list[str] = []
         self._config, self._ranks = config, ranks
@@ -42,12 +44,12 @@ class Supervisor:
         Raises:
             SetupError: Another process has the folder, or it cannot be written.
         """
-        folder = RunFolder(self._config.output_dir)
+        folder = RunFolder(self.folder)
         self._open.push(folder)
         agree(self._ranks, folder.lock if self._ranks.main else (lambda: None))
         self.notes = folder.notes
         if self._ranks.main and self._resumed is not None:
-            self.notes += set_aside(self._resumed.broken, self._config.output_dir)
+            self.notes += set_aside(self._resumed.broken, self.folder)
         self._stop = self._open.enter_context(StopRequest())
         store = open_store(self._ranks.rank, self._ranks.world_size)
         self.watchdog = self._open.enter_context(
@@ -56,7 +58,7 @@ class Supervisor:
                 self._ranks.rank,
                 self._ranks.world_size,
                 timeout=self._config.hang_timeout,
-                report=self._config.output_dir,
+                report=self.folder,
             )
         )
         return self
@@ -73,7 +75,7 @@ class Supervisor:
     def last_save(self) -> str:
         """Tell which checkpoint is the last good one."""
         if self._last_step is not None:
-            return f"the last good checkpoint is {self._config.output_dir / LAST}, of step {self._last_step}"
+            return f"the last good checkpoint is {self.folder / LAST}, of step {self._last_step}"
         if self._resumed is not None:
             return f"the last good checkpoint is {self._resumed.path}, of step {self._resumed.step}"
         return "no checkpoint was saved yet"
@@ -107,7 +109,7 @@ class Supervisor:
         step = state.progress["step"]
         self.mark(step, "saving" if self._ranks.main else WAITING_FOR_RANKS)
         if self._ranks.main:
-            save_state(self._config.output_dir, state, model, keep=keep)
+            save_state(self.folder, state, model, keep=keep)
         self._ranks.barrier()
         self._last_step = step
 
