@@ -28,7 +28,9 @@ def in_audiomae(names: str) -> tuple[str, ...]:
     return tuple(f"audiomae.{name}" for name in names.split())
 
 
-ENTRY_POINTS = in_audiomae("pretrain finetune evaluate extract predict reconstruct export data.check")
+ENTRY_POINTS = in_audiomae(
+    "pretrain finetune evaluate extract predict reconstruct export data.check data.stats data.prepare"
+)
 MODEL_SIDE = in_audiomae(
     "config grid masking positions encoder decoder model classifier frontend windows embedding hub checkpoints"
 )

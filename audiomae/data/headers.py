@@ -1,6 +1,6 @@
 """What the header of a sound file tells, without decoding it."""
 
-from audiomae.data.clips import _open
+from audiomae.data.sound_files import open_sound
 
 
 def read_header(path: str) -> tuple[float, int]:
@@ -9,5 +9,5 @@ def read_header(path: str) -> tuple[float, int]:
     Raises:
         ClipError: For a file that is missing, no audio, or empty, or whose header tells of what cannot be.
     """
-    with _open(path) as file:
+    with open_sound(path) as file:
         return file.frames / file.samplerate, file.samplerate

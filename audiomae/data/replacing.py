@@ -5,8 +5,8 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from torch.utils.data import Dataset, default_collate
 
-from audiomae.data.clips import ClipError
 from audiomae.data.manifests import Manifest
+from audiomae.data.sound_files import ClipError
 from audiomae.seeding import clip_generator
 
 T_co = TypeVar("T_co", covariant=True)

@@ -32,10 +32,11 @@ from rich.console import Console
 from rich.table import Table
 
 from audiomae.atomic import replacing
-from audiomae.data.clips import ClipDataset, ClipError
+from audiomae.data.clips import ClipDataset
 from audiomae.data.log_mel_stats import SCHEMA, VERSION, Moments, StatsError
 from audiomae.data.manifests import Manifest, read_manifest
 from audiomae.data.parallel import WorkerError, describe, map_clips, printable
+from audiomae.data.sound_files import ClipError
 from audiomae.data.streams import open_stream
 from audiomae.frontend import LogMel
 from audiomae.seeding import epoch_generator

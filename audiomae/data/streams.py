@@ -7,10 +7,10 @@ import numpy as np
 import soundfile as sf
 import torch
 
-from audiomae.data.clips import ClipError, _Clip, _decode_next, _open
+from audiomae.data.sound_files import ClipError, SoundClip, decode_next, open_sound
 
 
-class ClipStream(_Clip):
+class ClipStream(SoundClip):
     """An open file or a part of it as mono samples at one sample rate, which come in order and once.
 
     Attributes:
@@ -44,7 +44,7 @@ class ClipStream(_Clip):
         if self._end < 0 or not self._file.seekable():
             samples = super()._decode(first, count)
         else:
-            new = _decode_next(self._file, first + count - self._end)
+            new = decode_next(self._file, first + count - self._end)
             samples = np.concatenate([self._decoded[len(self._decoded) - (self._end - first) :], new])
             if len(samples) < count:
                 raise ClipError(
@@ -69,5 +69,5 @@ def open_stream(path: str, sample_rate: int, segment: tuple[float, float | None]
         ClipError: For a file that is missing, no audio or empty, or a part beyond its end; while its samples are read,
             for one that cannot be decoded.
     """
-    with _open(path) as file:
+    with open_sound(path) as file:
         yield ClipStream(path, file, sample_rate, segment)

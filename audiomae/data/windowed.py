@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from audiomae.data.clips import ClipError, read_waveform
+from audiomae.data.clips import read_waveform
 from audiomae.data.manifests import Clip, Manifest, read_manifest
+from audiomae.data.sound_files import ClipError
 from audiomae.windows import Windows
 
 

@@ -122,7 +122,7 @@ def test_what_the_file_system_says_is_told(tmp_path, monkeypatch):
 
 def test_more_samples_than_memory_holds(tmp_path, monkeypatch):
     path = write(tmp_path / "a.wav", noise(10))
-    monkeypatch.setattr("audiomae.data.clips.np.empty", Mock(side_effect=MemoryError))
+    monkeypatch.setattr("audiomae.data.sound_files.np.empty", Mock(side_effect=MemoryError))
     with pytest.raises(ClipError, match=r"a\.wav: its 10 samples do not fit into memory"):
         read_waveform(path, 16_000)
 

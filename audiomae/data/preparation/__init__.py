@@ -1,0 +1,1 @@
+"""Parts of ``audiomae.data.prepare``: the folder, the names in it, its journal, and the conversion of a clip."""
