@@ -34,26 +34,32 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if bf16 else torch.float32
 
 
-class _Waits:
-    """Iterates over a loader and adds up how long its items, the start of its workers included, are waited for.
+class _Paced:
+    """Iterates over a loader, and times what is done with its items and how long each is waited for.
 
     Args:
         loader: What to iterate over.
-
-    Attributes:
-        seconds: The sum; may be set back.
+        step: Steps that were taken before.
     """
 
-    def __init__(self, loader: Iterable[Any]):
-        self.seconds = 0.0
-        self._loader = loader
+    def __init__(self, loader: Iterable[Any], step: int):
+        self._loader, self._step = loader, step
+        self._start, self._waited = time.perf_counter(), 0.0
 
     def __iter__(self) -> Iterator[Any]:
         start = time.perf_counter()
         for item in self._loader:
-            self.seconds += time.perf_counter() - start
+            self._waited += time.perf_counter() - start
             yield item
             start = time.perf_counter()
+
+    def lap(self, step: int) -> tuple[float, float]:
+        """Tell the steps a second since the last lap, and the share of the time spent waiting for the loader."""
+        now = time.perf_counter()
+        seconds = now - self._start
+        rates = (step - self._step) / seconds, self._waited / seconds
+        self._step, self._start, self._waited = step, now, 0.0
+        return rates
 
 
 class Trainer(ABC):
@@ -141,9 +147,8 @@ class Trainer(ABC):
         self.batches.set_epoch(epoch, first)
         pending: PendingVerdict | None = None
         # The same iterator as often as a batch has micro-batches: zip takes the next one from it each time.
-        waits = _Waits(self.loader)
-        micro_batches = [iter(waits)] * self.config.accumulation
-        recent_steps, recent_start = 0, time.perf_counter()
+        paced = _Paced(self.loader, self.progress.step)
+        micro_batches = [iter(paced)] * self.config.accumulation
         supervisor.mark(self.progress.step, WAITING_FOR_DATA)
         for index, batch in enumerate(zip(*micro_batches, strict=True), start=first):
             step, last = epoch * self.steps_per_epoch + index + 1, index + 1 == self.steps_per_epoch
@@ -156,23 +161,8 @@ class Trainer(ABC):
             stop = 0 if pending is None else self.faults.judge(pending.wait(), log, supervisor)
             pending = judged
             self.progress.step = step
-            recent_steps += 1
             if logged:
-                loss, *others = self.ranks.mean(torch.stack([meter.recent(), *scalars.values()])).tolist()
-                meter.log(loss, dict(zip(scalars, others, strict=True)))
-                self.faults.settle(log)
-                seconds = time.perf_counter() - recent_start
-                log.step(
-                    step=step,
-                    epoch=epoch + 1,
-                    loss=loss,
-                    lr=lr,
-                    clips_per_second=recent_steps * self.config.batch_size / seconds,
-                    waiting=waits.seconds / seconds,
-                    skipped=len(self.progress.unread),
-                    **dict(zip(scalars, others, strict=True)),
-                )
-                recent_steps, recent_start, waits.seconds = 0, time.perf_counter(), 0.0
+                self._log(log, step, lr, meter, scalars, paced)
             log.advance(step)
             if last or stop or supervisor.saves_after(step):
                 stop = stop or self.faults.judge(pending.wait(), log, supervisor)
@@ -206,6 +196,26 @@ class Trainer(ABC):
             clips=self.manifest.fingerprint(),
         )
         supervisor.save(state, self.model, keep=keep)
+
+    def _log(
+        self, log: RunLog | NullLog, step: int, lr: float, meter: Meter, scalars: dict[str, Tensor], paced: _Paced
+    ) -> None:
+        """Log a step; all ranks take part."""
+        loss, *others = self.ranks.mean(torch.stack([meter.recent(), *scalars.values()])).tolist()
+        averages = dict(zip(scalars, others, strict=True))
+        meter.log(loss, averages)
+        self.faults.settle(log)
+        steps_per_second, waiting = paced.lap(step)
+        log.step(
+            step=step,
+            epoch=(step - 1) // self.steps_per_epoch + 1,
+            loss=loss,
+            lr=lr,
+            clips_per_second=steps_per_second * self.config.batch_size,
+            waiting=waiting,
+            skipped=len(self.progress.unread),
+            **averages,
+        )
 
     def _learning_rate(self, steps_done: int) -> float:
         return cosine_lr(
