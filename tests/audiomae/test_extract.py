@@ -289,7 +289,7 @@ def test_output_that_cannot_be_written_leaves_the_earlier_one(
     assert run(*clips[:2], "--checkpoint", checkpoint, "--out", out) == 2
     assert out.read_text() == "earlier"
     assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
-    assert f"audiomae.extract: error: [Errno 28] no space is left to write {out} " in capsys.readouterr().err
+    assert f"audiomae.extract: error: no space is left to write {out} " in capsys.readouterr().err
 
 
 # Settings

@@ -11,7 +11,7 @@ import pytest
 import soundfile as sf
 import torch
 
-from audiomae.data import ClipDataset, ClipError, Manifest, clips, read_waveform
+from audiomae.data import ClipDataset, ClipError, Manifest, read_waveform, sound_files
 from audiomae.data.labelled import LabelledClips
 from audiomae.data.labels import Labels
 
@@ -70,7 +70,7 @@ def test_blocks_join_without_a_seam(
     one_block = read()
     torch.testing.assert_close(one_block[0], torch.from_numpy(mean(at_once)), rtol=0, atol=1e-7)
     for values in (channels - 1, 1_000 * channels, 7_777):
-        monkeypatch.setattr(clips, "_BLOCK_VALUES", values)
+        monkeypatch.setattr(sound_files, "_BLOCK_VALUES", values)
         if values < channels:  # single frames
             parts = parts[2:]
         for part, expected in zip(read(), one_block[-len(parts) :], strict=True):
@@ -81,7 +81,7 @@ def test_blocks_join_without_a_seam(
 def test_encodings_that_cannot_be_sought_are_skipped_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.wav", noise(40_000), RATE, subtype="GSM610")
     expected = read_waveform(path, RATE, start=1.5, duration=0.5)
-    monkeypatch.setattr(clips, "_BLOCK_VALUES", 1_001)
+    monkeypatch.setattr(sound_files, "_BLOCK_VALUES", 1_001)
     torch.testing.assert_close(read_waveform(path, RATE, start=1.5, duration=0.5), expected, rtol=0, atol=0)
     whole, _ = sf.read(path, dtype="float32")
     torch.testing.assert_close(expected, torch.from_numpy(whole[24_000:32_000]), rtol=0, atol=0)

@@ -369,15 +369,19 @@ def test_a_new_head_on_request(trained: Path, tmp_path: Path) -> None:
     assert load_classifier(tmp_path / "run" / "weights.safetensors").config.num_classes == 2
 
 
-def test_a_broken_clip_ends_the_run_and_is_named(
+def test_a_broken_clip_is_replaced_and_named(
     lists: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = make_class_folders(tmp_path / "sounds")
     (root / "bell" / "0.wav").write_bytes(b"RIFF nothing")
     flags = ["--dataset", "manifest", "--data", str(root), "--select", "last", "--batch-size", "2", "--epochs", "1"]
+    flags += ["--mixup", "0"]
     with pytest.raises(SystemExit):
-        main([*SMALL_INPUT, *flags, "--output-dir", str(tmp_path / "run")])
-    assert "bell/0.wav: cannot be read as audio" in capsys.readouterr().err.strip().splitlines()[-1]
+        main([*SMALL_INPUT, *flags, "--output-dir", str(tmp_path / "refused")])
+    assert "more than the 1.00% of max_skipped" in capsys.readouterr().err.strip().splitlines()[-1]
+    main([*SMALL_INPUT, *flags, "--max-skipped", "1", "--output-dir", str(tmp_path / "run")])
+    assert f"skipped {root / 'bell' / '0.wav'}: cannot be read as audio" in capsys.readouterr().err
+    assert str(root / "bell" / "0.wav") in (tmp_path / "run" / "skipped.csv").read_text()
 
 
 def test_the_configuration_of_the_classifier_follows_the_run(lists: list[str], tmp_path: Path) -> None:
