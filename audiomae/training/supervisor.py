@@ -25,13 +25,13 @@ class Supervisor:
 
     Attributes:
         folder: The output folder.
-        launch: With what this process was started.
+        launch: With what this process was started; empty on ranks that do not save.
         notes: Lines that tell what was found in the output folder.
     """
 
     def __init__(self, config: RunConfig, ranks: Ranks, resumed: Resumed | None = None):
         self.folder = config.output_dir
-        self.launch = describe_launch(ranks)
+        self.launch = describe_launch(ranks) if ranks.main else {}
         self.notes: list[str] = []
         self._config, self._ranks = config, ranks
         self._resumed = resumed
