@@ -1,7 +1,10 @@
 """What an encoder is and what it listens to: the settings that every model of this package shares."""
 
+import math
+import reprlib
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, Self
+from types import UnionType
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from audiomae.frontend import LogMel
 from audiomae.grid import PatchGrid
@@ -89,11 +92,20 @@ class EncoderConfig:
         """Undo :meth:`to_dict`, also after JSON has turned tuples into lists.
 
         Raises:
-            ValueError: A setting that this version does not know.
+            ValueError: A setting that this version does not know, or a value of another type.
         """
-        unknown = sorted(settings.keys() - {field.name for field in fields(cls)})
+        types = get_type_hints(cls)
+        unknown = sorted(
+            name if type(name) is str and name.isidentifier() else _in_short(name)
+            for name in settings
+            if name not in types
+        )
         if unknown:
             raise ValueError(f"model configuration has unknown settings: {', '.join(unknown)}")
+        for name, value in settings.items():
+            if not _fits(value, types[name]):
+                expected = types[name].__name__ if isinstance(types[name], type) else types[name]
+                raise ValueError(f"{name} is {_in_short(value)}, expected {expected}")
         return cls(**settings)
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,3 +124,25 @@ class EncoderConfig:
     def front_end(self) -> LogMel:
         """Make the front end that turns waveforms into the spectrograms which the encoder expects."""
         return LogMel(self.sample_rate, self.spec_size[1], mean=self.mean, std=self.std)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value from a file is of a type that settings have; a list for a tuple, a number that is no NaN."""
+    parts = get_args(kind)
+    if get_origin(kind) is UnionType:
+        return any(_fits(value, part) for part in parts)
+    if get_origin(kind) is Literal:
+        return type(value) is str and value in parts
+    if get_origin(kind) is tuple:
+        if type(value) not in (list, tuple):
+            return False
+        kinds = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
+        return len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if type(value) is int:
+        return kind in (int, float) and abs(value) < 2**63
+    return type(value) is kind and (kind is not float or math.isfinite(value))
+
+
+def _in_short(value: Any) -> str:
+    """What a file holds, which can be anything, in a line."""
+    return " ".join(reprlib.repr(value).split())[:100]

@@ -4,7 +4,10 @@ import argparse
 import json
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+import reprlib
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from audiomae.checkpoints.checksum import checksum_matches
-from audiomae.checkpoints.names import is_native, listed
+from audiomae.checkpoints.names import is_native, listed, shown
 
 NATIVE_METADATA = "audiomae_config"
 """Metadata key of a native ``.safetensors`` file: JSON of the model's configuration."""
@@ -33,6 +36,13 @@ SAFE_GLOBALS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (pathlib.PurePosixPath, "pathlib.PosixPath"),
     (pathlib.PurePosixPath, "pathlib._local.PosixPath"),
 ]
+
+
+# What may come of a pickle. PyTorch's unpickler makes more: storages, its own functions and classes.
+_PLAIN = (
+    *(type(None), bool, int, float, complex, str, bytes, dict, OrderedDict, Counter, list, tuple, set),
+    *(Tensor, torch.nn.Parameter, torch.Size, torch.dtype, torch.device, argparse.Namespace, pathlib.PurePosixPath),
+)
 
 
 class CheckpointError(ValueError):
@@ -122,18 +132,57 @@ def load_pickle(path: Path) -> dict[str, Any]:
     if not checksum_matches(path):
         raise BrokenFileError(f"{path} is corrupt: its bytes do not match its checksum")
     try:
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
+        with _only_safe_globals():
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # corrupt bytes end in any exception, of torch's readers and of the unpickler
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
             raise CheckpointError(
-                f"{path} holds a pickled {refused[1]}, which could run code and is refused: expected tensors by name"
+                f"{path} holds a pickled {shown(refused[1])}, which could run code and is refused: "
+                "expected tensors by name"
             ) from error
         raise BrokenFileError(f"{path} is truncated, corrupt or no torch.save file of tensors") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds {type(content).__name__}, expected a dictionary of tensors")
+    other = next((type(value) for value in _parts(content) if type(value) not in _PLAIN), None)
+    if other is not None:
+        raise CheckpointError(
+            f"{path} holds a pickled {other.__module__}.{other.__name__}, which is refused: "
+            "expected tensors and plain values"
+        )
     return content
+
+
+@contextmanager
+def _only_safe_globals() -> Iterator[None]:
+    """Let pickles name ``SAFE_GLOBALS``, and none of the classes that packages allow for the whole process.
+
+    PyTorch's own ``torch.distributed.tensor`` is one.
+    """
+    others = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            yield
+    finally:
+        torch.serialization.add_safe_globals(others)
+
+
+def _parts(content: Any) -> Iterator[Any]:
+    """Everything in an object, once: it can hold itself."""
+    found, seen = [content], set()
+    while found:
+        value = found.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        yield value
+        if isinstance(value, dict):
+            found += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple | set):
+            found += value
+        elif isinstance(value, argparse.Namespace):
+            found += vars(value).values()
 
 
 def _head(path: Path) -> bytes:
@@ -201,7 +250,7 @@ def _read_config(path: Path) -> dict[str, Any] | None:
     """Read a ``config.json``; None if it is another library's."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no JSON: {error}") from error
     return config if isinstance(config, dict) and config.keys() >= HUB_CONFIG_KEYS else None
 
@@ -220,12 +269,13 @@ def _read_safetensors(path: Path) -> Contents:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is truncated or corrupt: {error}") from error
+        reason = " ".join(str(error).split())[:200]  # it may hold names from the file
+        raise CheckpointError(f"{path} is truncated or corrupt: {reason}") from error
     if NATIVE_METADATA not in metadata:
         return Contents(tensors, None)
     try:
         config = json.loads(metadata[NATIVE_METADATA])
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} has metadata {NATIVE_METADATA} that is no JSON: {error}") from error
     return _checked(path, tensors, config)
 
@@ -235,7 +285,8 @@ def _checked(path: Path, tensors: Any, config: Any) -> Contents:
         raise CheckpointError(f"{path} holds {type(tensors).__name__}, expected a dictionary of tensors")
     for name, value in tensors.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise CheckpointError(f"{path} has {type(value).__name__} under {name!r}, expected tensors by name")
+            key = reprlib.repr(name) if isinstance(name, str | int) else type(name).__name__
+            raise CheckpointError(f"{path} has {type(value).__name__} under {key}, expected tensors by name")
     if not isinstance(config, dict | None):
         raise CheckpointError(f"{path} has {type(config).__name__} as configuration, expected a dictionary")
     return Contents(dict(tensors), config)

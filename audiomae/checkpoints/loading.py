@@ -6,9 +6,9 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from audiomae.checkpoints.files import CheckpointError, read
-from audiomae.checkpoints.names import from_official, is_classifier, is_native, listed
-from audiomae.checkpoints.shapes import check_state, has_decoder, infer_config
+from audiomae.checkpoints.files import CheckpointError, check_tensors, read
+from audiomae.checkpoints.names import from_official, is_classifier, is_native, listed, shown
+from audiomae.checkpoints.shapes import check_kinds, check_state, has_decoder, infer_config
 from audiomae.classifier import AudioClassifier, AudioClassifierConfig
 from audiomae.config import EncoderConfig
 from audiomae.encoder import Block, Encoder
@@ -189,13 +189,18 @@ def start_classifier(model: AudioClassifier, path_or_hub_id: str | Path, *, rese
             f"{path_or_hub_id} classifies {config.num_classes} classes, expected {model.config.num_classes}: "
             "--reset-head starts with a new head"
         )
+    own = model.state_dict()
     if config.labels and model.config.labels and config.labels != model.config.labels:
         first = next(i for i, (a, b) in enumerate(zip(config.labels, model.config.labels, strict=True)) if a != b)
         raise CheckpointError(
-            f"{path_or_hub_id} has {config.labels[first]!r} as class {first}, expected {model.config.labels[first]!r}: "
-            "--reset-head starts with a new head"
+            f"{path_or_hub_id} has {shown(config.labels[first])!r} as class {first}, "
+            f"expected {shown(model.config.labels[first])!r}: --reset-head starts with a new head"
         )
-    model.load_state_dict(model.state_dict() | checkpoint.head)
+    try:
+        check_tensors({name: tuple(own[name].shape) for name in own if is_classifier(name)}, checkpoint.head)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path_or_hub_id}: {error}; --reset-head starts with a new head") from error
+    model.load_state_dict(own | checkpoint.head)
     return [*notes, f"head of {config.num_classes} classes taken from the file"]
 
 
@@ -268,6 +273,7 @@ def _open(path_or_hub_id: str | Path) -> Checkpoint:
     tensors = {name: tensor for name, tensor in contents.tensors.items() if not is_classifier(name)}
     classifier = None
     try:
+        check_kinds(contents.tensors)
         state = _with_tau(tensors if any(map(is_native, tensors)) else from_official(tensors))
         if contents.config is None:
             config = infer_config(state)

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from audiomae.checkpoints.files import CheckpointError, check_tensors
 from audiomae.checkpoints.names import shown
 from audiomae.classifier import AudioClassifier, AudioClassifierConfig
 from audiomae.config import ENCODER_SIZES, EncoderConfig
+from audiomae.encoder import Encoder
 from audiomae.grid import PatchGrid
 from audiomae.model import AudioMAE, AudioMAEConfig
 from audiomae.positions import sincos_2d
@@ -90,46 +91,58 @@ def check_state(config: EncoderConfig, state: Mapping[str, Tensor]) -> None:
             that makes no model.
     """
     check_kinds(state)
-    _check_sizes(config, state)
+    encoder_alone = isinstance(config, AudioMAEConfig) and not has_decoder(state)
+    _check_sizes(config, state, encoder_alone)
+    model: nn.Module
     try:
         with torch.device("meta"):
-            model = build_model(config)
-    except (RuntimeError, OverflowError) as error:  # PyTorch's own, of sizes that no tensor has
-        raise CheckpointError(f"its sizes make no model: {str(error).partition(chr(10))[0]}") from error
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if isinstance(model, AudioMAE) and not has_decoder(state):
-        expected = {name: shape for name, shape in expected.items() if name.startswith("encoder.")}
-        if not any(name.startswith("encoder.norm.") for name in state):
-            expected = {name: shape for name, shape in expected.items() if not name.startswith("encoder.norm.")}
-    check_tensors(expected, state)
+            if encoder_alone:
+                final_norm = any(name.startswith("encoder.norm.") for name in state)
+                model = nn.ModuleDict({"encoder": Encoder.from_config(config, final_norm)})
+            else:
+                model = build_model(config)
+    except (RuntimeError, TypeError, OverflowError) as error:  # PyTorch's own, of sizes that no tensor has
+        raise CheckpointError(f"its sizes make no model: {str(error).splitlines()[0]}") from error
+    check_tensors({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, state)
 
 
 def check_kinds(state: Mapping[str, Tensor]) -> None:
-    """Check that tensors are what weights are: dense, of floating-point numbers, each with a place of its own.
+    """Check that tensors are what weights are: strided, of floating-point numbers, each with a place of its own.
 
     Raises:
         CheckpointError: Other tensors; names the first one.
     """
     for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{shown(name)} is {type(tensor).__name__}, expected a tensor")
         if tensor.layout is not torch.strided or tensor.is_nested or tensor.dtype not in FLOATS:
             layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
             kind = f"a {layout} tensor of {str(tensor.dtype).removeprefix('torch.')}"
             raise CheckpointError(f"{shown(name)} is {kind}, expected a strided one of floating-point numbers")
-        if tensor.is_meta or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
-            raise CheckpointError(f"{shown(name)} of shape {tuple(tensor.shape)} has fewer numbers than its shape tells")
+        if _is_short(tensor):
+            raise CheckpointError(f"{shown(name)} has fewer numbers than its shape {tuple(tensor.shape)} tells")
 
 
-def _check_sizes(config: EncoderConfig, state: Mapping[str, Tensor]) -> None:
-    """Check the sizes that a model takes long to be made of, or much memory, even without its weights."""
-    decoder = isinstance(config, AudioMAEConfig) and has_decoder(state)
-    blocks = config.depth + (config.decoder_depth or 0 if decoder else 0)
+def _is_short(tensor: Tensor) -> bool:
+    """Whether a tensor has no numbers, or one stands for several: so a small file could tell of terabytes."""
+    if tensor.is_meta or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+        return True
+    return any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _check_sizes(config: EncoderConfig, state: Mapping[str, Tensor], encoder_alone: bool) -> None:
+    """Check the sizes that a model takes long to be made of, or much memory, even where its weights take none."""
+    blocks, width = config.depth, config.embed_dim
+    if isinstance(config, AudioMAEConfig) and not encoder_alone:
+        blocks, width = blocks + (config.decoder_depth or 0), max(width, config.decoder_dim)
     if blocks > len(state):
-        raise CheckpointError(f"{blocks} blocks, but {len(state)} tensors, expected some for each")
-    tables = {"encoder.pos_embed": config.embed_dim}
-    if decoder:
-        tables["decoder.pos_embed"] = config.decoder_dim
-    expected = {name: (1, 1 + config.grid.num_patches, width) for name, width in tables.items()}
-    check_tensors(expected, {name: state[name] for name in tables if name in state})
+        raise CheckpointError(f"a configuration of {blocks} blocks for {len(state)} tensors, expected some for each")
+    positions, numbers = config.grid.num_patches * width, sum(tensor.numel() for tensor in state.values())
+    if positions > numbers:
+        raise CheckpointError(
+            f"a configuration of {config.grid.num_patches} patches and a width of {width}, "
+            f"which would take more than all {numbers} numbers of its tensors"
+        )
 
 
 def _shape(state: Mapping[str, Tensor], name: str, dims: int) -> tuple[int, ...]:

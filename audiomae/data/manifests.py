@@ -20,6 +20,7 @@ _Inside = Callable[[str], bool]
 _PATH_COLUMNS = ("path", "file", "filename", "wav")
 _LABEL_SEPARATOR = "\x1f"  # inside a manifest only; no label may hold it
 _WHOLE_FILE = array("d", [0.0, math.inf])  # start and duration
+_LONGEST_SHOWN = 200  # characters of a path in a message
 _MAX_SECONDS = 1e9  # 32 years
 _ALIASES = {
     "AIFF": ("aif", "aifc"),
@@ -82,7 +83,7 @@ class Manifest:
         for number, clip in enumerate(clips):
             path, labels, start, duration = clip if len(clip) == 4 else (*clip, 0.0, None)
             if not path or "\0" in path:
-                raise ManifestError(f"clip {number}: {path!r} is no path")
+                raise ManifestError(f"clip {number}: {_shown(path)} is no path")
             self._append_segment(number, start, duration)
             self._paths.append(path)
             joined = _LABEL_SEPARATOR.join(labels)
@@ -221,8 +222,12 @@ def _inside(folder: Path) -> _Inside:
     return is_inside
 
 
+def _shown(path: str) -> str:
+    return repr(path) if len(path) <= _LONGEST_SHOWN else f"{path[:_LONGEST_SHOWN]!r}..."
+
+
 def _lies_outside(path: str) -> str:
-    return f"{path!r} lies outside the folder of the list; --allow-outside (allow_outside=True) allows it"
+    return f"{_shown(path)} lies outside the folder of the list; --allow-outside (allow_outside=True) allows it"
 
 
 def _read_folder(folder: Path) -> Manifest:
@@ -295,7 +300,7 @@ def csv_records(path: Path, *columns: Sequence[str]) -> Iterator[tuple[int, dict
             header = [name.strip() for name in next(rows, [])]
             for choice in columns:
                 if not set(choice) & set(header):
-                    raise ManifestError(f"expected a column {' or '.join(choice)}, found {header}")
+                    raise ManifestError(f"expected a column {' or '.join(choice)}, found {reprlib.repr(header)}")
             for row in filter(None, rows):
                 if len(row) != len(header):
                     raise ManifestError(f"line {rows.line_num}: {len(row)} fields under a header of {len(header)}")
@@ -309,7 +314,7 @@ def _seconds(record: dict[str, str], column: str, line: int) -> float | None:
     try:
         return float(text) if text else None
     except ValueError as error:
-        raise ManifestError(f"line {line}: {column} is {text!r}, expected seconds") from error
+        raise ManifestError(f"line {line}: {column} is {reprlib.repr(text)}, expected seconds") from error
 
 
 def _json_clips(path: Path, is_inside: _Inside) -> Iterator[Clip]:

@@ -29,6 +29,19 @@ class Progress:
     nonfinite: dict[int, list[int]] = field(default_factory=dict)
     meter: dict[str, Any] | None = None
 
+    def check(self) -> None:
+        """Raise TypeError or ValueError unless the values, which a file may have had, are of these types."""
+        for name, kinds in (
+            ("best", (dict, type(None))),
+            ("unread", dict),
+            ("nonfinite", dict),
+            ("meter", (dict, type(None))),
+        ):
+            if not isinstance(getattr(self, name), kinds):
+                raise TypeError(f"its {name} is a {type(getattr(self, name)).__name__}")
+        if type(self.step) is not int or self.step < 0:
+            raise ValueError("its step is no number of steps")
+
 
 class EpochResult(NamedTuple):
     """Averages over an epoch and all ranks.

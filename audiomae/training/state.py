@@ -1,18 +1,21 @@
 """What a run leaves on disk: its settings, its state, to go on from, and its weights, to use."""
 
 import json
+import reprlib
 import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from audiomae.atomic import replacing
 from audiomae.checkpoints import CheckpointError, save_weights
 from audiomae.checkpoints.checksum import has_checksum, save_with_checksum
-from audiomae.checkpoints.files import BrokenFileError, load_pickle
-from audiomae.checkpoints.shapes import check_state
+from audiomae.checkpoints.files import BrokenFileError, check_tensors, load_pickle
+from audiomae.checkpoints.names import shown
+from audiomae.checkpoints.shapes import check_kinds, check_state
 from audiomae.classifier import AudioClassifier
 from audiomae.data import Manifest
 from audiomae.model import AudioMAE
@@ -213,7 +216,7 @@ def resume(
         notes.append(f"resumed from {path}, after epoch {epoch}{within}")
         ranks = state.launch.get("ranks")
         if ranks != world_size:
-            notes.append(f"changed since the checkpoint: ranks were {ranks}, are {world_size}")
+            notes.append(f"changed since the checkpoint: ranks were {_in_short(ranks)}, are {world_size}")
         notes += [f"changed since the checkpoint: {line}" for line in changed.values()]
         if state.clips != manifest.fingerprint():
             notes.append("changed since the checkpoint: the list of clips; skipped ones are counted anew")
@@ -231,6 +234,7 @@ def _load(
         raise CheckpointError(f"{path} is the state of another model: {', '.join(other_model.values())}")
     try:
         progress = Progress(**state.progress)
+        progress.check()
         epochs_done = -(-progress.step // state.steps_per_epoch)
         check_state(model.config, state.model)
     except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
@@ -259,7 +263,12 @@ def resume_optimizer(optimizer: torch.optim.Optimizer, resumed: Resumed) -> None
     """
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [group["params"] for group in optimizer.state_dict()["param_groups"]]
     try:
+        if [group["params"] for group in resumed.optimizer["param_groups"]] != numbers:
+            raise CheckpointError("its optimiser has other parameters, or in another order")
+        for number, values in resumed.optimizer["state"].items():
+            _check_moments(values, parameters[number])
         moments = {
             number: {name: sharded(value, parameters[number]) for name, value in values.items()}
             for number, values in resumed.optimizer["state"].items()
@@ -273,6 +282,13 @@ def resume_optimizer(optimizer: torch.optim.Optimizer, resumed: Resumed) -> None
         group.update(settings)
 
 
+def _check_moments(moments: dict[str, Tensor], parameter: Tensor) -> None:
+    """Raise CheckpointError unless these are what AdamW knows of a parameter."""
+    check_kinds(moments)
+    shape = tuple(parameter.shape)
+    check_tensors({"step": (), "exp_avg": shape, "exp_avg_sq": shape}, moments)
+
+
 def set_aside(broken: list[Path], folder: Path) -> list[str]:
     """Rename checkpoints of a run's own folder that cannot be read, lest they push out the one before them."""
     own = [path for path in broken if path.parent == folder and path.exists()]
@@ -281,4 +297,16 @@ def set_aside(broken: list[Path], folder: Path) -> list[str]:
 
 def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> dict[str, str]:
     """Tell which settings differ, by their names."""
-    return {k: f"{k} was {saved.get(k)}, is {wanted[k]}" for k in wanted if saved.get(k) != wanted[k]}
+    return {k: f"{k} was {_in_short(saved.get(k))}, is {wanted[k]}" for k in wanted if _differ(saved.get(k), wanted[k])}
+
+
+def _differ(saved: Any, wanted: Any) -> bool:
+    try:
+        return bool(saved != wanted)
+    except RuntimeError:  # of tensors, which no setting is
+        return True
+
+
+def _in_short(value: Any) -> str:
+    """What a file holds, which can be anything, in a line."""
+    return shown(value if isinstance(value, str) else " ".join(reprlib.repr(value).split()))

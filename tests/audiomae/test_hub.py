@@ -141,7 +141,7 @@ def test_weights_that_do_not_fit(tmp_path: Path, change: Any, facts: list[str]):
     ("config", "facts"),
     [
         ({"colour": "red"}, ["unknown settings: colour"]),
-        ({"depth": "two"}, ["'str'"]),
+        ({"depth": "two"}, ["depth is 'two', expected int"]),
         ({"depth": 3}, ["missing tensors: encoder.blocks.2.norm1.weight"]),
         ({"num_heads": 5}, ["5 heads do not divide a width of 192"]),
     ],
