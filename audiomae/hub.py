@@ -82,7 +82,6 @@ class HubModel(
         """
         # To load that package is to load the models, so it cannot come before them.
         from audiomae.checkpoints.files import CheckpointError, check_tensors, read
-        from audiomae.checkpoints.shapes import check_state
 
         contents = read(
             pretrained_model_name_or_path,
@@ -95,7 +94,6 @@ class HubModel(
         make = cast(Callable[..., nn.Module], cls)
         try:
             config = model_kwargs.pop("config", None) or cls._stored_config(contents.config)
-            check_state(config, contents.tensors)  # a model of sizes that are wrong may not fit into memory
             model = make(config, **model_kwargs)
             check_tensors({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, contents.tensors)
         except (TypeError, ValueError) as error:

@@ -1,0 +1,1 @@
+"""Faults that befall training runs, made on purpose; ``bench.reliability`` plays them."""
