@@ -7,6 +7,8 @@ such memory. Here each process fills slots that were there before it was started
 
 import mmap
 import multiprocessing
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -130,5 +132,10 @@ class ClipLoader:
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self._loader:
+        stream = iter(self._loader)
+        if self._loader.num_workers and threading.current_thread() is threading.main_thread():
+            # PyTorch's handler raises where the main thread happens to be, and what is computed there may take the
+            # error for its own. The loader sees within 5 s by itself that a process died.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for batch in stream:
             yield batch._replace(data=batch.data.take()) if isinstance(batch.data, _InSlot) else batch

@@ -1,7 +1,6 @@
 """How a training run ends: what is told, and the exit status."""
 
 import os
-import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -47,8 +46,6 @@ def carry_out(prog: str, ranks: Ranks, supervisor: Supervisor, train: Callable[[
         end_rank(ranks, error_line(prog, ranks, told), supervisor)
     except RuntimeError as error:
         if str(error).startswith(WORKER_DIED):
-            # PyTorch's handler would raise the same again for each of the others that ends.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             end_rank(ranks, f"{error_line(prog, ranks, error)}; {GOES_ON}", supervisor)
         if not lost_rank(error):
             raise

@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 
 CURVE_TOLERANCE = 1e-5
 """Relative difference of two losses that rounding in another order explains."""
+SAME_RUN = "weights and log equal to the last bit"
+SAME_CURVE = "losses equal to 1e-5 of their size"
 _NOT_COMPUTED = ("time", "clips_per_second", "waiting")
 
 
@@ -58,7 +60,7 @@ class Outcome:
         self.expect(not different, f"{len(different)} of {len(others)} tensors of {one.name} differ")
         self.expect(skipped(one) == skipped(other), f"the skipped.csv of {one.name} is not that of {other.name}")
         if len(self.lost) == before:
-            self.keep("weights and log equal to the last bit")
+            self.keep(SAME_RUN)
 
     def same_curve(self, one: Path, other: Path) -> None:
         """Compare the losses that two runs logged, up to rounding, and what they skipped."""
@@ -73,7 +75,7 @@ class Outcome:
             (self.difference or 0.0) <= CURVE_TOLERANCE, f"the losses of {one.name} differ by {self.difference:.1e}"
         )
         if len(self.lost) == before:
-            self.keep(f"losses equal to {CURVE_TOLERANCE:g} of their size")
+            self.keep(SAME_CURVE)
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:

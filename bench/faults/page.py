@@ -6,18 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.faults.outcome import CURVE_TOLERANCE
+from bench.faults.outcome import SAME_CURVE
 from bench.tables import markdown
 
 FUZZ_FAILURES = ("escaped", "unclear", "ran code", "crashed", "too slow")
 """Ends of a fuzz test's input that are neither a result nor a refusal."""
 
-INTRODUCTION = f"""\
+INTRODUCTION = """\
 What faults cost a pre-training run. Each row is made by a command in this repository, which starts the real training
 command in processes of its own, makes the fault, goes on, and compares the run that came of it with one of the same
 settings that nothing befell. Runs of one process must have learnt, logged and skipped the same to the last bit; where
-the number of ranks changes the order of sums, the losses of all steps must be the same to {CURVE_TOLERANCE:g} of their
-size. A model with few parameters trains on the demo clips, on a CPU, since what is tested does not depend on size.
+the number of ranks changes the order of sums, the losses of all steps must be the same to 1e-5 of their size. Steps
+after the last save are taken again, and must come out the same. A model with few parameters trains on the demo clips,
+on a CPU: what is tested does not depend on its size.
 
 A row that lost anything, or did not say what it should have said, is shown as failed.
 """
@@ -76,7 +77,7 @@ def make_page(results: Sequence[dict[str, Any]], fuzzed: Sequence[dict[str, Any]
 
 def describe_fault(row: dict[str, Any]) -> list[str]:
     """Cells of a fault."""
-    kinds = ", ".join(f"{count} {kind}" for kind, count in row["kinds"].items())
+    kinds = ", ".join(f"{count} x {kind}" for kind, count in sorted(row["kinds"].items()))
     times = f"{row['times']:,}" + (f": {kinds}" if kinds else "")
     return [row["fault"], row["how"], "" if row["absent"] else times, describe_lost(row), f"`{row['command']}`"]
 
@@ -89,8 +90,8 @@ def describe_lost(row: dict[str, Any]) -> str:
         return f"**failed**: {lost}{more}"
     if row["absent"]:
         return f"not run here: {row['absent']}"
-    difference = "" if row["difference"] is None else f" (at most {row['difference']:.1e} apart)"
-    return f"nothing: {', '.join(row['kept'])}{difference}"
+    apart = "" if row["difference"] is None else f" (at most {row['difference']:.1e} apart)"
+    return f"nothing: {', '.join(line + apart * (line == SAME_CURVE) for line in row['kept'])}"
 
 
 def describe_fuzzing(figures: dict[str, Any]) -> list[str]:

@@ -98,7 +98,7 @@ def combinations(lab: Lab, times: int) -> Outcome:
     whole = lab.whole(*settings)
     for ranks, workers, accumulation in COMBINATIONS[-times:]:
         output = lab.folder / f"ranks-{ranks}-workers-{workers}-accumulation-{accumulation}"
-        outcome.add(f"{ranks} ranks")
+        outcome.add(f"with {ranks} rank{'s' * (ranks > 1)}")
         lab.finish(lab.on(ranks, output, *settings, "--workers", str(workers), "--accumulation", str(accumulation)))
         outcome.same_curve(output, whole)
     return outcome
@@ -120,7 +120,7 @@ def other_ranks(lab: Lab, times: int) -> Outcome:
         else:
             lab.finish(run)
         if number:
-            outcome.add(f"{before} to {ranks}")
+            outcome.add(f"from {before} to {ranks}")
             told = f"changed since the checkpoint: ranks were {before}, are {ranks}"
             outcome.expect(told in run.text, f"not told: {told}")
             check_resumed(outcome, resumed_step(run, SMALL_STEPS), saved)
