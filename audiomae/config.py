@@ -96,7 +96,7 @@ class EncoderConfig:
         """
         types = get_type_hints(cls)
         unknown = sorted(
-            name if type(name) is str and name.isidentifier() else _in_short(name)
+            name[:100] if type(name) is str and name.isidentifier() else _in_short(name)
             for name in settings
             if name not in types
         )

@@ -81,7 +81,8 @@ class HubModel(
             CheckpointError: Not to be had from the Hub, or no model of this class.
         """
         # To load that package is to load the models, so it cannot come before them.
-        from audiomae.checkpoints.files import CheckpointError, check_tensors, read
+        from audiomae.checkpoints.files import CheckpointError, read
+        from audiomae.checkpoints.fitting import check_kinds, check_model
 
         contents = read(
             pretrained_model_name_or_path,
@@ -94,8 +95,9 @@ class HubModel(
         make = cast(Callable[..., nn.Module], cls)
         try:
             config = model_kwargs.pop("config", None) or cls._stored_config(contents.config)
+            check_kinds(contents.tensors)
+            check_model(lambda: make(config, **model_kwargs), config, contents.tensors)
             model = make(config, **model_kwargs)
-            check_tensors({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, contents.tensors)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{pretrained_model_name_or_path}: {error}") from error
         model.load_state_dict(contents.tensors)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from audiomae.checkpoints.files import CheckpointError, check_tensors, read
+from audiomae.checkpoints.fitting import check_kinds
 from audiomae.checkpoints.names import from_official, is_classifier, is_native, listed, shown
-from audiomae.checkpoints.shapes import check_kinds, check_state, has_decoder, infer_config
+from audiomae.checkpoints.shapes import check_state, has_decoder, infer_config
 from audiomae.classifier import AudioClassifier, AudioClassifierConfig
 from audiomae.config import EncoderConfig
 from audiomae.encoder import Block, Encoder

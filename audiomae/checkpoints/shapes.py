@@ -3,13 +3,14 @@
 import math
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from audiomae.checkpoints.files import CheckpointError, check_tensors
-from audiomae.checkpoints.names import shown
+from audiomae.checkpoints.files import CheckpointError
+from audiomae.checkpoints.fitting import check_kinds, check_model
 from audiomae.classifier import AudioClassifier, AudioClassifierConfig
 from audiomae.config import ENCODER_SIZES, EncoderConfig
 from audiomae.encoder import Encoder
@@ -20,7 +21,6 @@ from audiomae.positions import sincos_2d
 MEL_BINS = 128
 HEAD_DIM = 64
 NUM_HEADS = {embed_dim: num_heads for embed_dim, _, num_heads in ENCODER_SIZES.values()}
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Wide enough for a table stored in bfloat16, and far below the distance between the layouts.
 POSITION_TOLERANCE = 1e-2
 
@@ -91,58 +91,12 @@ def check_state(config: EncoderConfig, state: Mapping[str, Tensor]) -> None:
             that makes no model.
     """
     check_kinds(state)
-    encoder_alone = isinstance(config, AudioMAEConfig) and not has_decoder(state)
-    _check_sizes(config, state, encoder_alone)
-    model: nn.Module
-    try:
-        with torch.device("meta"):
-            if encoder_alone:
-                final_norm = any(name.startswith("encoder.norm.") for name in state)
-                model = nn.ModuleDict({"encoder": Encoder.from_config(config, final_norm)})
-            else:
-                model = build_model(config)
-    except (RuntimeError, TypeError, OverflowError) as error:  # PyTorch's own, of sizes that no tensor has
-        raise CheckpointError(f"its sizes make no model: {str(error).splitlines()[0]}") from error
-    check_tensors({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, state)
-
-
-def check_kinds(state: Mapping[str, Tensor]) -> None:
-    """Check that tensors are what weights are: strided, of floating-point numbers, each with a place of its own.
-
-    Raises:
-        CheckpointError: Other tensors; names the first one.
-    """
-    for name, tensor in state.items():
-        if not isinstance(tensor, Tensor):
-            raise CheckpointError(f"{shown(name)} is {type(tensor).__name__}, expected a tensor")
-        if tensor.layout is not torch.strided or tensor.is_nested or tensor.dtype not in FLOATS:
-            layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
-            kind = f"a {layout} tensor of {str(tensor.dtype).removeprefix('torch.')}"
-            raise CheckpointError(f"{shown(name)} is {kind}, expected a strided one of floating-point numbers")
-        if _is_short(tensor):
-            raise CheckpointError(f"{shown(name)} has fewer numbers than its shape {tuple(tensor.shape)} tells")
-
-
-def _is_short(tensor: Tensor) -> bool:
-    """Whether a tensor has no numbers, or one stands for several: so a small file could tell of terabytes."""
-    if tensor.is_meta or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
-        return True
-    return any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _check_sizes(config: EncoderConfig, state: Mapping[str, Tensor], encoder_alone: bool) -> None:
-    """Check the sizes that a model takes long to be made of, or much memory, even where its weights take none."""
-    blocks, width = config.depth, config.embed_dim
-    if isinstance(config, AudioMAEConfig) and not encoder_alone:
-        blocks, width = blocks + (config.decoder_depth or 0), max(width, config.decoder_dim)
-    if blocks > len(state):
-        raise CheckpointError(f"a configuration of {blocks} blocks for {len(state)} tensors, expected some for each")
-    positions, numbers = config.grid.num_patches * width, sum(tensor.numel() for tensor in state.values())
-    if positions > numbers:
-        raise CheckpointError(
-            f"a configuration of {config.grid.num_patches} patches and a width of {width}, "
-            f"which would take more than all {numbers} numbers of its tensors"
-        )
+    if not isinstance(config, AudioMAEConfig) or has_decoder(state):
+        check_model(partial(build_model, config), config, state)
+        return
+    encoder = EncoderConfig(**config.encoder_settings())
+    final_norm = any(name.startswith("encoder.norm.") for name in state)
+    check_model(lambda: nn.ModuleDict({"encoder": Encoder.from_config(encoder, final_norm)}), encoder, state)
 
 
 def _shape(state: Mapping[str, Tensor], name: str, dims: int) -> tuple[int, ...]:

@@ -14,8 +14,9 @@ from audiomae.atomic import replacing
 from audiomae.checkpoints import CheckpointError, save_weights
 from audiomae.checkpoints.checksum import has_checksum, save_with_checksum
 from audiomae.checkpoints.files import BrokenFileError, check_tensors, load_pickle
+from audiomae.checkpoints.fitting import check_kinds
 from audiomae.checkpoints.names import shown
-from audiomae.checkpoints.shapes import check_kinds, check_state
+from audiomae.checkpoints.shapes import check_state
 from audiomae.classifier import AudioClassifier
 from audiomae.data import Manifest
 from audiomae.model import AudioMAE

@@ -19,7 +19,7 @@ import soundfile as sf
 from .fuzzing import Fuzz, Tally, shares
 from .worker import Worker
 
-INPUTS = 300
+INPUTS = 200
 PACKAGES = ("torch", "safetensors", "soundfile", "numpy", "hypothesis")
 
 TALLIES = pytest.StashKey[dict[str, Tally]]()

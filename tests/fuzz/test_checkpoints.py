@@ -181,15 +181,11 @@ HARMFUL = (
 )
 PICKLE_EXAMPLES = [
     *(Pickled("native", odd=((5, form),)) for form in sorted(ODD)),
-    *(Pickled("timm", "legacy", odd=((-1, form),)) for form in ("sparse", "quantized", "longer", "nested")),
-    *(Pickled("native", planted=((place, value),)) for place in ("depth", "mean", -231) for value in HARMFUL),
+    *(Pickled("timm", "legacy", odd=((-1, form),)) for form in ("sparse", "longer", "nested")),
+    *(Pickled("native", planted=((place, value),)) for place in ("depth", -231) for value in HARMFUL),
     *(Pickled("classifier", planted=((name, integer(10**9)),)) for name in ("depth", "num_classes", "sample_rate")),
-    *(
-        Pickled("native", planted=((name, value),))
-        for name in ("depth", "config")
-        for value in (nested(30_000), laughs(40))
-    ),
-    *(Pickled("native", planted=(("mean", value),)) for value in (real(float("nan")), tuple_of())),
+    *(Pickled("native", planted=(("mean", value),)) for value in (real(float("nan")), tuple_of(), laughs(40))),
+    Pickled("native", planted=(("config", nested(30_000)),)),
 ]
 REVERSED = list_of(*map(integer, reversed(range(len([*make_model().parameters()])))))
 STATE_EXAMPLES = [
@@ -218,6 +214,7 @@ CONFIGURATION_EXAMPLES = [
         Configured("native", "safetensors", (setting,))
         for setting in (("spec_size", [2**40, 128]), ("window", [4]), ("std", "1"))
     ),
+    Configured("native", "zip", (("x" * 5000, 1),)),
     *(Configured("classifier", "folder", text=text) for text in ("[" * 50_000, "9" * 5000)),
 ]
 
@@ -258,7 +255,7 @@ def test_what_other_packages_allow_is_not_read(worker: Worker):
         assert outcome.kind in ("CheckpointError", "BrokenFileError"), (path, outcome)
 
 
-@pytest.mark.parametrize("layout", ["zip", "legacy", "checksum", "sealed"])
+@pytest.mark.parametrize("layout", ["zip", "legacy"])
 @pytest.mark.parametrize("base", BASES)
 def test_whole_files(base: str, layout: str, tmp_path: Path):
     Pickled(base, layout).write(tmp_path)
