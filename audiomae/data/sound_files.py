@@ -1,6 +1,7 @@
 """Sound files as mono samples: any format that libsndfile knows, sample rate, number of channels, and length."""
 
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,10 @@ _MAX_FRAMES = 1 << 40
 _MAX_RATE = 1_000_000
 # No integer format has larger samples, whatever somebody scales them by; spectrograms of 1e18 overflow float32.
 _MAX_AMPLITUDE = 2.0**32
+# libsndfile reads the rest of a cut WAV, AIFF or AU as if it were the whole, and tells of it in its log alone.
+_CUT = re.compile(r"^ *(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
+# What a program writes that does not know the length beforehand, as ffmpeg and sox do into a pipe.
+_UNKNOWN_BYTES = 0x7FFF0000
 _BLOCK_VALUES = 1 << 20  # samples of all channels that are decoded at once
 # After a seek in an MP3, libsndfile decodes the first frames without the earlier ones that they take bits from, and
 # returns noise: up to ten frames of 1,152 samples at usual bit rates. So decoding starts some frames early.
@@ -99,7 +104,16 @@ def open_sound(path: str) -> Iterator[_SoundFile]:
             raise ClipError(f"{path}: its header does not tell its length; write it anew, for example with ffmpeg")
         if file.samplerate > _MAX_RATE:
             raise ClipError(f"{path}: sample rate of {file.samplerate} Hz, at most {_MAX_RATE} Hz can be read")
+        _check_whole(path, file.extra_info)
         yield file
+
+
+def _check_whole(path: str, log: str) -> None:
+    """Raise ClipError if libsndfile's log tells of samples that the file lacks: more than a recorder miscounts."""
+    if cut := _CUT.search(log):
+        told, there = map(int, cut.groups())
+        if there < 0.99 * told and told < _UNKNOWN_BYTES:
+            raise ClipError(f"{path}: cut off, its header tells of {told} bytes of samples, but it holds {there}")
 
 
 class SoundClip:

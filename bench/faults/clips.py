@@ -70,6 +70,13 @@ def write_cut(path: Path, lab: Lab) -> None:
     path.write_bytes(content[: lab.draw.randrange(100, len(content) // 20)])
 
 
+def write_cut_wav(path: Path, lab: Lab) -> None:
+    """A WAV whose header tells of more samples than there are."""
+    sf.write(path, sound(), RATE, format="WAV")
+    content = path.read_bytes()
+    path.write_bytes(content[: lab.draw.randrange(100, len(content) * 98 // 100)])
+
+
 def write_cut_header(path: Path, lab: Lab) -> None:
     """A WAV that ends within its header."""
     sf.write(path, sound(), RATE, format="WAV")
@@ -85,6 +92,7 @@ BAD: dict[str, tuple[Callable[[Path, Lab], None], str]] = {
     "samples of 1e30": (write_large, "holds a sample of"),
     "silent": (write_silence, "silent"),
     "cut off": (write_cut, ""),
+    "a WAV cut off": (write_cut_wav, "cut off, its header tells of"),
     "cut in its header": (write_cut_header, ""),
 }
 """What makes each kind of clip, and what must be told of it."""

@@ -20,14 +20,11 @@ COMBINATIONS = tuple(
 """Ranks, reading workers of each, and micro-batches, such that any two values of two of them meet."""
 
 ELASTIC_EPOCHS = 45
-TORCHRUN = (
-    *("--nnodes", "1:3", "--max-restarts", "3", "--monitor-interval", "0.5", "--rdzv-backend", "c10d"),
-    # How long to wait for more agents once the least number is there, and when an agent without a sign of life is dead.
-)
-# How long to wait for more agents once the least number is there, and when an agent without a sign of life is dead.
+TORCHRUN = ("--nnodes=1:3", "--max-restarts=3", "--monitor-interval=0.5", "--rdzv-backend=c10d")
 OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 """The ranks meet by a store of their own. PyTorch keeps the one that torchruns share over restarts: whoever joins later
 waits in vain for its address, and when the torchrun with rank 0 is lost, so is the store."""
+# How long to wait for more agents once the least number is there, and when an agent without a sign of life is dead.
 RENDEZVOUS = "last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=3"
 
 

@@ -104,6 +104,26 @@ def test_a_file_that_ends_before_its_header_says(tmp_path):
     assert read_waveform(path, 16_000, duration=1.0).shape == (16_000,)
 
 
+@pytest.mark.parametrize("form", ["WAV", "WAVEX", "AIFF", "AU"])
+def test_a_file_without_the_end_of_its_samples(tmp_path, form):
+    path = write(tmp_path / "a.wav", noise(80_000), format=form)
+    cut(path, 0.995)  # as a recorder writes that counts too much
+    assert len(read_waveform(path, 16_000)) == pytest.approx(79_600, abs=100)
+    cut(path, 0.6)
+    told = r"its header tells of 16000\d bytes of samples, but it holds 95\d\d\d$"
+    with pytest.raises(ClipError, match=rf"a\.wav: cut off, {told}"):
+        read_waveform(path, 16_000)
+
+
+@pytest.mark.parametrize("length", [b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x00\xf0\xff\x7f"])
+def test_a_length_that_a_pipe_left_open_is_that_of_the_file(tmp_path, length):
+    path = write(tmp_path / "a.wav", noise(80_000))
+    content = Path(path).read_bytes()
+    at = content.index(b"data") + 4
+    Path(path).write_bytes(content[:4] + length + content[8:at] + length + content[at + 4 :])
+    assert read_waveform(path, 16_000).shape == (80_000,)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_file_that_may_not_be_read(tmp_path):
     path = write(tmp_path / "a.wav", noise(10))
