@@ -11,12 +11,13 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from audiomae.data.replacing import Batch, Replacing, Unread, collate_visits
 from audiomae.data.sampling import ClipBatches
@@ -24,33 +25,42 @@ from audiomae.data.sampling import ClipBatches
 _PREFETCH = 2  # batches that a process reads ahead, DataLoader's own number
 
 
-class _Slots:
+class _Slots(Dataset[Batch]):
     """Waveforms of batches, ``(processes, slots, clips, samples)`` float32, in memory that processes share.
 
     Args:
+        clips: What they are of.
         shape: Of all of it.
     """
 
-    def __init__(self, shape: tuple[int, int, int, int]):
+    def __init__(self, clips: Replacing[Any], shape: tuple[int, int, int, int]):
+        self._clips = clips
         # Anonymous memory, which a process that is forked shares: it needs no file in /dev/shm, whose size is limited.
         self._memory = mmap.mmap(-1, 4 * torch.Size(shape).numel())
         self.waveforms = torch.frombuffer(self._memory, dtype=torch.float32).view(shape)
         self._filled = 0
 
-    def collate(self, samples: Sequence[tuple[tuple[Tensor, ...], tuple[Unread, ...]]]) -> Batch:
-        """Put samples of ``Replacing``, whose first tensor is a waveform, together in the next slot of this process."""
+    def __getitems__(self, pairs: Sequence[tuple[int, int]]) -> Batch:
+        """Read the clips of a batch into the next slot of this process."""
         info = get_worker_info()
         assert info is not None
         slot = info.id, self._filled % self.waveforms.shape[1]
         self._filled += 1
-        parts = list(zip(*(sample for sample, _ in samples), strict=True))
-        torch.stack(parts[0], out=self.waveforms[slot][: len(samples)])
+        kinds, others, unread = zip(*map(self._read, pairs, self.waveforms[slot]), strict=True)
+        make = kinds[0] if kinds[0] is tuple else kinds[0]._make
         # Arrays are small here and travel with the message itself; tensors would not.
-        others = [torch.stack(part).numpy() for part in parts[1:]]
-        kind = type(samples[0][0])
-        make = kind if kind is tuple else kind._make  # type: ignore[attr-defined]
-        unread = tuple(unread for _, of_sample in samples for unread in of_sample)
-        return Batch(_InSlot(id(self), slot, len(samples), make, others), unread)
+        arrays = [torch.stack(part).numpy() for part in zip(*others, strict=True)]
+        return Batch(_InSlot(id(self), slot, len(kinds), make, arrays), tuple(chain.from_iterable(unread)))
+
+    def _read(
+        self, pair: tuple[int, int], row: Tensor
+    ) -> tuple[type[tuple[Any, ...]], tuple[Tensor, ...], tuple[Unread, ...]]:
+        """Read a clip, put its waveform into a row, and return its type, what else it has, and what was not read."""
+        sample, unread = self._clips[pair]
+        # At once, so that the memory of one waveform serves for all and stays in the processor's cache: to give memory
+        # for eight back and get it anew takes as long as reading them does.
+        row.copy_(sample[0])
+        return type(sample), sample[1:], unread
 
 
 _ALL_SLOTS: WeakValueDictionary[int, _Slots] = WeakValueDictionary()
@@ -85,6 +95,11 @@ class _InSlot:
         return self.make([tensor.pin_memory() for tensor in whole])
 
 
+def _as_it_is(batch: Batch) -> Batch:
+    """Do nothing: a batch is put together where its clips are read."""
+    return batch
+
+
 class ClipLoader:
     """Loads the batches of a batch sampler, with processes that live as long as it does.
 
@@ -111,15 +126,16 @@ class ClipLoader:
         pin_memory: bool = False,
     ):
         self._slots: _Slots | None = None
+        visits: Dataset[Any] = clips
         collate: Callable[[Any], Batch] = collate_visits
         if workers and multiprocessing.get_start_method() == "fork":
             # One slot more than there can be batches on their way and in use.
             slots = _PREFETCH + batches.splits + 1
-            self._slots = _Slots((workers, slots, batches.largest_part, samples))
+            visits = self._slots = _Slots(clips, (workers, slots, batches.largest_part, samples))
             _ALL_SLOTS[id(self._slots)] = self._slots
-            collate = self._slots.collate
+            collate = _as_it_is
         self._loader = DataLoader(
-            clips,
+            visits,
             batch_sampler=batches,
             num_workers=workers,
             prefetch_factor=_PREFETCH if workers else None,
