@@ -65,12 +65,12 @@ def is_full(error: OSError) -> bool:
     return error.errno in _NO_SPACE
 
 
-def remove_leftovers(folder: Path) -> list[str]:
-    """Remove what killed processes left half written in a folder, and tell its names; no other may be writing there."""
-    names = [path.name for path in folder.glob(f"*.*{_SUFFIX}") if path.suffixes[-2][1:].isdigit()]
-    for name in names:
-        (folder / name).unlink(missing_ok=True)
-    return names
+def remove_leftovers(*folders: Path) -> list[Path]:
+    """Remove what killed processes left half written in folders, and tell which; no other may be writing there."""
+    left = [path for folder in folders for path in folder.glob(f"*.*{_SUFFIX}") if path.suffixes[-2][1:].isdigit()]
+    for path in left:
+        path.unlink(missing_ok=True)
+    return left
 
 
 def _flush(path: Path) -> None:

@@ -36,6 +36,7 @@ from audiomae.recipes import FINETUNE_RECIPES
 from audiomae.training.command import (
     agree,
     agree_on_step,
+    agree_so_far,
     make_loader,
     make_training_loader,
     parse_run,
@@ -148,6 +149,7 @@ def build(config: FinetuneConfig, ranks: Ranks) -> Run:
             raise ValueError(f"{resumed.path} is of another fold: it was trained on clips that this one tests on")
         progress, best_weights = resumed.progress, resumed.path.parent / BEST_WEIGHTS
         notes += [*resumed.notes, *carry_best(resumed, best_weights)]
+    agree_so_far(ranks)
     replica = distribute(model, config, ranks)
     optimizer = build_layer_decayed_adamw(
         model,
@@ -286,8 +288,9 @@ def train(config: FinetuneConfig, ranks: Ranks, run: Run, log: RunLog | NullLog,
                     save_weights(best_weights, trainer.model)
                     progress.best["weights"] = file_hash(best_weights)
         # With the weights of the best epoch goes the state that knows of them.
-        if last or improved or result.stop or epoch % config.save_every == 0:
-            keep = config.keep_every and epoch % config.keep_every == 0
+        keep = bool(config.keep_every) and epoch % config.keep_every == 0
+        due = epoch % config.save_every == 0 or supervisor.saves_after(epoch * steps)
+        if last or improved or result.stop or keep or due:
             trainer.save(log, supervisor, keep=epoch if keep else None)
         if result.stop and not last:
             raise Stopped(result.stop, progress.step)

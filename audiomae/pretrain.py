@@ -24,6 +24,7 @@ from audiomae.recipes import PRETRAIN_RECIPES
 from audiomae.training.command import (
     agree,
     agree_on_step,
+    agree_so_far,
     make_training_loader,
     parse_run,
     run_command,
@@ -106,6 +107,7 @@ def build(config: PretrainConfig, ranks: Ranks) -> Run:
         )
         progress = resumed.progress
         notes += resumed.notes
+    agree_so_far(ranks)
     replica = distribute(model, config, ranks)
     optimizer = build_adamw(model, lr=config.peak_lr, weight_decay=config.weight_decay, betas=config.betas)
     if resumed is not None:
@@ -195,8 +197,9 @@ def train(config: PretrainConfig, ranks: Ranks, run: Run, log: RunLog | NullLog,
     for epoch in range(first_step // steps + 1, config.epochs + 1):
         result = trainer.run_epoch(epoch - 1, log, supervisor)
         last = epoch == config.epochs
-        if last or result.stop or epoch % config.save_every == 0:
-            keep = config.keep_every and epoch % config.keep_every == 0
+        keep = bool(config.keep_every) and epoch % config.keep_every == 0
+        due = epoch % config.save_every == 0 or supervisor.saves_after(epoch * steps)
+        if last or result.stop or keep or due:
             trainer.save(log, supervisor, keep=epoch if keep else None)
         # Ranks that hold shards of the model compute together.
         draws = ranks.main or config.parallel == "fsdp"

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from audiomae.checkpoints.checksum import checksum_matches
+from audiomae.checkpoints.checksum import checksum_matches, has_checksum
 from audiomae.checkpoints.names import is_native, listed, shown
 
 NATIVE_METADATA = "audiomae_config"
@@ -124,7 +124,7 @@ def load_pickle(path: Path) -> dict[str, Any]:
 
     Raises:
         BrokenFileError: Empty, truncated or corrupt.
-        CheckpointError: No dictionary, or holding other classes.
+        CheckpointError: No dictionary, or holding other classes; or a whole file that does not fit into memory.
     """
     head = _head(path)
     if not head.startswith((b"PK\x03\x04", b"\x80")):
@@ -141,6 +141,9 @@ def load_pickle(path: Path) -> dict[str, Any]:
                 f"{path} holds a pickled {shown(refused[1])}, which could run code and is refused: "
                 "expected tensors by name"
             ) from error
+        if has_checksum(path):
+            reason = shown(str(error).splitlines()[0] if str(error) else type(error).__name__)
+            raise CheckpointError(f"{path} is as it was written, but cannot be loaded: {reason}") from error
         raise BrokenFileError(f"{path} is truncated, corrupt or no torch.save file of tensors") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds {type(content).__name__}, expected a dictionary of tensors")

@@ -12,7 +12,7 @@ import tyro
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from audiomae.data import ClipBatches, ClipLoader, Replacing
-from audiomae.training.config import RunConfig, SetupError
+from audiomae.training.config import AgreedError, JoinError, RunConfig, SetupError
 from audiomae.training.distributed import Ranks, is_main_process, join_ranks
 from audiomae.training.signals import shield_worker
 
@@ -81,25 +81,34 @@ def parse_run(
 def agree(ranks: Ranks, build: Callable[[], T]) -> T:
     """Build something on every rank. What is wrong on one of them, which may be on another machine, stops all.
 
+    Where ``build`` makes ranks compute together, it must call :func:`agree_so_far` before.
+
     Raises:
-        SetupError: What any rank found to be wrong.
+        AgreedError: What any rank found to be wrong.
     """
     built, error = [], None
     try:
         built = [build()]
+    except AgreedError:
+        raise
     except (ValueError, OSError) as caught:
         error = str(caught)
     errors = dict.fromkeys(text for text in ranks.gather(error) if text is not None)
     if errors:
-        raise SetupError("; ".join(errors))
+        raise AgreedError("; ".join(errors))
     return built[0]
 
 
+def agree_so_far(ranks: Ranks) -> None:
+    """Wait for all ranks within :func:`agree`, and raise AgreedError where one of them has found something wrong."""
+    agree(ranks, lambda: None)
+
+
 def agree_on_step(ranks: Ranks, step: int) -> None:
-    """Raise SetupError where ranks go on from different steps."""
+    """Raise AgreedError where ranks go on from different steps."""
     steps = ranks.gather(step)
     if len(set(steps)) > 1:
-        raise SetupError(f"ranks go on from steps {steps}: expected one output folder that all machines share")
+        raise AgreedError(f"ranks go on from steps {steps}: expected one output folder that all machines share")
 
 
 def share_processors(workers: int | None, ranks: Ranks) -> int:
@@ -168,9 +177,10 @@ def run_command(prog: str, run: Callable[[], int | None]) -> None:
     """
     try:
         status = run()
-    except SetupError as error:  # the same on all ranks
-        if is_main_process():
-            print(f"{prog}: error: {error}", file=sys.stderr)
+    except SetupError as error:
+        if _tells(error):
+            where = "" if is_main_process() else f" (rank {os.environ['RANK']})"
+            print(f"{prog}: error{where}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         if is_main_process():
@@ -178,6 +188,13 @@ def run_command(prog: str, run: Callable[[], int | None]) -> None:
         sys.exit(130)
     if status:
         sys.exit(status)
+
+
+def _tells(error: SetupError) -> bool:
+    """Whether it is up to this rank to tell an error."""
+    if isinstance(error, AgreedError):
+        return is_main_process()
+    return isinstance(error, JoinError) or int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
 def run_on_files(prog: str, parse: Callable[[], F], run: Callable[[F, Ranks], int]) -> NoReturn:

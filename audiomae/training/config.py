@@ -1,6 +1,7 @@
 """What a run is made of: the settings that all runs share, those of pre-training, and those of fine-tuning."""
 
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
@@ -13,7 +14,15 @@ SMALL_BASE_LR = {2e-4: 5e-4, 1e-3: 2e-3}
 
 
 class SetupError(ValueError):
-    """What is wrong with a run, found before any work."""
+    """What is wrong with a run, found before any work; on a machine, the first rank tells it."""
+
+
+class AgreedError(SetupError):
+    """What all ranks know to be wrong; the main one tells it."""
+
+
+class JoinError(SetupError):
+    """A rank that others do not find; each tells it."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +173,7 @@ class RunConfig:
     @property
     def rank_patience(self) -> float:
         """Seconds after which PyTorch gives up waiting for a rank: late, for the watchdog tells which one it was."""
-        return max(1800.0, 2 * self.hang_timeout)
+        return max(1800.0, 2 * self.hang_timeout) if self.hang_timeout else timedelta(days=365).total_seconds()
 
     @property
     def peak_lr(self) -> float:

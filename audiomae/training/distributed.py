@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from audiomae.training.config import SetupError
+from audiomae.training.config import JoinError, SetupError
 from audiomae.training.store import open_store
 
 
@@ -102,7 +102,7 @@ def join_ranks(device: str, patience: float = 1800.0) -> Iterator[Ranks]:
         try:
             store = open_store(rank, world_size)
         except TimeoutError as error:
-            raise SetupError(str(error)) from error
+            raise JoinError(str(error)) from error
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
             store=dist.PrefixStore("group", store),

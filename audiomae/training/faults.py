@@ -1,6 +1,7 @@
 """What goes wrong in a run and does not end it: clips that cannot be read, and steps that are not finite."""
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from audiomae.data import Batch, Manifest
@@ -90,18 +91,17 @@ class Faults:
                 f"max_skipped: {self._config.output_dir / SKIPPED[0]} names them"
             )
 
-    def judge(self, verdict: Verdict, log: RunLog | NullLog, supervisor: Supervisor | NullSupervisor) -> int:
+    def judge(self, verdict: Verdict, log: RunLog | NullLog, supervisor: Supervisor | NullSupervisor) -> None:
         """Note a step that is not finite; all ranks take part.
-
-        Returns:
-            Number of the signal that asked the run to stop at the step; 0 where none did.
 
         Raises:
             FloatingPointError: There are more such steps than may be left out.
         """
         if verdict.finite:
-            return verdict.stop
-        clips = sorted(clip for share in self._ranks.gather(verdict.clips) for clip in share)
+            return
+        met, spoilt = zip(*self._ranks.gather((verdict.clips, verdict.spoilt)), strict=True)
+        # Where every loss was finite and a gradient was not, it may come from any clip.
+        clips = sorted(chain.from_iterable(spoilt if any(spoilt) else met))
         self._progress.nonfinite[verdict.step] = clips
         log.table(*NONFINITE, self._rows(verdict.step, clips))
         paths = [self._manifest.path(clip) for clip in clips[:NAMES]]
@@ -114,11 +114,12 @@ class Faults:
                 f"up to N such steps with --skip-nonfinite N"
             )
         log.message(f"{what}: left out, {count} of {limit} that may be")
-        return verdict.stop
 
     def _skipped_rows(self, clips: Sequence[int]) -> list[tuple[Any, ...]]:
         unread = self._progress.unread
         return [(unread[clip][0], clip, self._manifest.path(clip), unread[clip][1]) for clip in clips]
 
     def _rows(self, step: int, clips: Sequence[int]) -> list[tuple[Any, ...]]:
+        if not clips:  # of another list of clips, which an earlier process had
+            return [(step, None, None)]
         return [(step, clip, self._manifest.path(clip)) for clip in clips]

@@ -5,14 +5,18 @@ import fcntl
 import json
 import os
 import socket
+import sys
+import time
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
 from audiomae.atomic import remove_leftovers
 
 LOCK = ".lock"
+LEASE = 120.0
+"""Seconds that the lock of a machine that died may outlive it on a file server, NFS's 90 among them."""
 # What file systems without locks say.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -57,31 +61,56 @@ class RunFolder:
         # Opened once: closing any other descriptor of the file would give up the lock.
         file = (self.path / LOCK).open("a+", encoding="utf-8")
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._wait_for(file)
         except OSError as error:
-            file.seek(0)
-            holder = file.read().strip()
             file.close()
-            if error.errno in _NO_LOCKS:
-                self.notes = [f"the file system of {self.path} has no locks: see to it that no other run writes there"]
-                return
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise FolderInUseError(
-                    f"{self.path} is in use{_describe(holder)}: wait for it to end, or choose another --output-dir"
-                ) from error
-            raise
+            if error.errno not in _NO_LOCKS:
+                raise
+            self.notes = [f"the file system of {self.path} has no locks: see to it that no other run writes there"]
+            return
         self._file = file
         file.truncate(0)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         file.write(json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": now}) + "\n")
         file.flush()
-        if removed := remove_leftovers(self.path):
-            self.notes = [f"removed what a killed run left half written: {', '.join(removed)}"]
+        # Pictures and reports are in folders of their own; what has a lock is another run.
+        parts = [path for path in self.path.iterdir() if path.is_dir() and not (path / LOCK).exists()]
+        if removed := remove_leftovers(self.path, *parts):
+            names = ", ".join(str(path.relative_to(self.path)) for path in removed)
+            self.notes = [f"removed what a killed run left half written: {names}"]
+
+    def _wait_for(self, file: TextIO) -> None:
+        """Lock a file, at once, or where another machine has it, by the time that it would have lost it if it died."""
+        deadline: float | None = None
+        while True:
+            try:
+                return fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise
+                holder = _read_holder(file)
+                elsewhere = holder.get("host") not in (None, socket.gethostname())
+                if not elsewhere or (deadline is not None and time.monotonic() > deadline):
+                    raise FolderInUseError(
+                        f"{self.path} is in use{_describe(holder)}: wait for it to end, or choose another --output-dir"
+                    ) from error
+                if deadline is None:
+                    deadline = time.monotonic() + LEASE
+                    print(f"{self.path} is in use{_describe(holder)}: waiting {LEASE:.0f} s for it", file=sys.stderr)
+                time.sleep(1)
 
 
-def _describe(holder: str) -> str:
-    """Tell who holds a lock, where it says so."""
-    with suppress(ValueError, KeyError, TypeError):
-        facts = json.loads(holder)
-        return f" by process {facts['process']} on {facts['host']} since {facts['since']}"
+def _read_holder(file: TextIO) -> dict[str, Any]:
+    """Who holds a lock, as it says; empty where it does not."""
+    file.seek(0)
+    with suppress(ValueError):
+        facts = json.loads(file.read())
+        if isinstance(facts, dict):
+            return facts
+    return {}
+
+
+def _describe(holder: dict[str, Any]) -> str:
+    with suppress(KeyError):
+        return f" by process {holder['process']} on {holder['host']} since {holder['since']}"
     return ""

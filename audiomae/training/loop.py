@@ -158,21 +158,22 @@ class Trainer(ABC):
             set_lr(self.optimizer, lr)
             self.faults.meet(step, batch)
             scalars, judged = self._train_step(step, [part.data for part in batch], meter, supervisor, logged=logged)
-            stop = 0 if pending is None else self.faults.judge(pending.wait(), log, supervisor)
+            stop = self._learn(pending, log, supervisor)
             pending = judged
             self.progress.step = step
             if logged:
                 self._log(log, step, lr, meter, scalars, paced)
             log.advance(step)
             if last or stop or supervisor.saves_after(step):
-                stop = stop or self.faults.judge(pending.wait(), log, supervisor)
+                stop = self._learn(pending, log, supervisor) or stop
                 pending = None
             if not last and (stop or supervisor.saves_after(step)):
                 self.progress.meter = meter.state(self.ranks)
                 self.save(log, supervisor)
                 if stop:
                     raise Stopped(stop, step)
-            supervisor.mark(step, WAITING_FOR_DATA)
+            # What comes after the last step, all ranks do together.
+            supervisor.mark(step, COMPUTING if last else WAITING_FOR_DATA)
         self.progress.meter = None
         return meter.result(stop)
 
@@ -188,14 +189,24 @@ class Trainer(ABC):
         state = State(
             settings=settings_of(self.config),
             config=self.model.config.to_dict(),
-            model=whole(self.model.state_dict()),
-            optimizer=whole(self.optimizer.state_dict()),
+            model=whole(self.model.state_dict(), keep=self.ranks.main),
+            optimizer=whole(self.optimizer.state_dict(), keep=self.ranks.main),
             progress=dict(vars(self.progress)),
             steps_per_epoch=self.steps_per_epoch,
             launch=supervisor.launch,
             clips=self.manifest.fingerprint(),
         )
         supervisor.save(state, self.model, keep=keep)
+
+    def _learn(
+        self, pending: PendingVerdict | None, log: RunLog | NullLog, supervisor: Supervisor | NullSupervisor
+    ) -> int:
+        """Learn what a step was; return the number of the signal that asked any rank to stop by then, or 0."""
+        if pending is None:
+            return 0
+        verdict = pending.wait()
+        self.faults.judge(verdict, log, supervisor)
+        return verdict.stop
 
     def _log(
         self, log: RunLog | NullLog, step: int, lr: float, meter: Meter, scalars: dict[str, Tensor], paced: _Paced

@@ -32,12 +32,14 @@ def distribute(model: nn.Module, config: RunConfig, ranks: Ranks) -> nn.Module:
         model: On ``ranks.device``, with its weights. Sharding makes new parameters of it, so that its optimiser must be
             made afterwards.
         config: The run.
-        ranks: This process among the others.
+        ranks: This process among the others, which all do the same.
     """
     if config.checkpoint_activations:
         checkpoint_blocks(model)
     if config.compile:
         compile_blocks(model)
+    if ranks.world_size == 1:
+        return model
     reduce_dtype = torch.bfloat16 if config.reduce_dtype == "bf16" else torch.float32
     if config.parallel == "fsdp":
         mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
@@ -46,8 +48,6 @@ def distribute(model: nn.Module, config: RunConfig, ranks: Ranks) -> nn.Module:
         for block in blocks_of(model):
             fully_shard([block.attn, block.mlp], mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
-        return model
-    if ranks.world_size == 1:
         return model
     options: dict[str, Any] = {SYNC_BUFFERS: False, "gradient_as_bucket_view": True}
     replica = DistributedDataParallel(model, **options)
@@ -68,18 +68,20 @@ def syncing(replica: nn.Module, syncs: bool) -> Iterator[None]:
         yield
 
 
-def whole(value: Any) -> Any:
+def whole(value: Any, *, keep: bool) -> Any:
     """A value with every shard in it whole and on the CPU; all ranks take part.
 
     Args:
         value: A tensor, a plain value, or dictionaries and lists of them.
+        keep: Whether this rank wants it; where not, whole tensors are None, lest each rank of a machine hold them all.
     """
     if isinstance(value, dict):
-        return {name: whole(inner) for name, inner in value.items()}
+        return {name: whole(inner, keep=keep) for name, inner in value.items()}
     if isinstance(value, list):
-        return [whole(inner) for inner in value]
+        return [whole(inner, keep=keep) for inner in value]
     if isinstance(value, DTensor):
-        return value.full_tensor().cpu()
+        gathered = value.full_tensor()
+        return gathered.cpu() if keep else None
     return value
 
 

@@ -26,6 +26,7 @@ from audiomae.training.parallel import sharded
 from audiomae.training.progress import Progress
 
 Model = AudioMAE | AudioClassifier
+Stamp = tuple[Path, int, int]
 
 LAST = "checkpoint-last.pt"
 PREVIOUS = "checkpoint-previous.pt"
@@ -79,6 +80,11 @@ def find_checkpoints(config: RunConfig) -> list[Path]:
     if used and (chosen is None or chosen.resolve().parent != folder.resolve()):
         raise FileExistsError(f"{folder} holds a run already: go on with --resume auto, or choose another --output-dir")
     return [] if chosen is None else [chosen]
+
+
+def stamp(paths: list[Path]) -> list[Stamp]:
+    """Tell files from others that get their names later."""
+    return [(path, (status := path.stat()).st_ino, status.st_mtime_ns) for path in paths]
 
 
 def _has_lines(log: Path) -> bool:
@@ -170,7 +176,8 @@ class Resumed:
         path: The checkpoint.
         step: Its steps.
         progress: How far the run is, which goes on with the training.
-        optimizer: State dictionary of the optimiser.
+        optimizer: State dictionary of the optimiser; empty once that has it.
+        found: All checkpoints there were, as :func:`stamp` tells them.
         changed: Names of the settings that have changed since.
         broken: Checkpoints that should have come first and cannot be read.
         notes: Lines that tell all that.
@@ -180,6 +187,7 @@ class Resumed:
     step: int
     progress: Progress
     optimizer: dict[str, Any]
+    found: list[Stamp]
     changed: list[str]
     broken: list[Path]
     notes: list[str]
@@ -202,6 +210,7 @@ def resume(
         CheckpointError: No file is whole, or the first one that is is not the state of a run, that of another model,
             or of epochs of another length, from which steps could not be counted on.
     """
+    found = stamp(paths)
     broken: list[Path] = []
     notes: list[str] = []
     for path in paths:
@@ -218,11 +227,18 @@ def resume(
         ranks = state.launch.get("ranks")
         if ranks != world_size:
             notes.append(f"changed since the checkpoint: ranks were {_in_short(ranks)}, are {world_size}")
+        was, now = (
+            "bf16, on a GPU" if on_gpu else "fp32, on a CPU"
+            for on_gpu in (state.launch.get("cuda") is not None, next(model.parameters()).is_cuda)
+        )
+        if config.precision == "auto" and was != now:
+            notes.append(f"changed since the checkpoint: precision was {was}, is {now}")
         notes += [f"changed since the checkpoint: {line}" for line in changed.values()]
         if state.clips != manifest.fingerprint():
             notes.append("changed since the checkpoint: the list of clips; skipped ones are counted anew")
             progress.unread = {}
-        return Resumed(path, progress.step, progress, state.optimizer, list(changed), broken, notes)
+            progress.nonfinite = {step: [] for step in progress.nonfinite}  # which still count
+        return Resumed(path, progress.step, progress, state.optimizer, found, list(changed), broken, notes)
     raise CheckpointError("; ".join(notes))
 
 
@@ -253,7 +269,7 @@ def _load(
 
 
 def resume_optimizer(optimizer: torch.optim.Optimizer, resumed: Resumed) -> None:
-    """Load the state of a run's optimiser, whose settings stay as they are.
+    """Move the state of a run's optimiser into it; its settings stay as they are.
 
     Args:
         optimizer: Of the model's parameters, which may be sharded.
@@ -279,6 +295,7 @@ def resume_optimizer(optimizer: torch.optim.Optimizer, resumed: Resumed) -> None
             raise CheckpointError("its optimiser lacks the moments of some parameters")
     except (ValueError, LookupError, TypeError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"{resumed.path} cannot be gone on from: {error}") from error
+    resumed.optimizer.clear()  # the optimiser of a GPU has a copy
     for group, settings in zip(optimizer.param_groups, groups, strict=True):
         group.update(settings)
 

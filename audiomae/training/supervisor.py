@@ -1,16 +1,27 @@
 """What surrounds a training run: the lock on its folder, signals, the watch over its ranks, and saves."""
 
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Self
 
 from audiomae.training.command import agree
-from audiomae.training.config import RunConfig
+from audiomae.training.config import JoinError, RunConfig
 from audiomae.training.distributed import Ranks
 from audiomae.training.folder import RunFolder
 from audiomae.training.launch import describe_launch
 from audiomae.training.rollcall import WAITING_FOR_RANKS
 from audiomae.training.signals import StopRequest
-from audiomae.training.state import LAST, Model, Resumed, State, save_settings, save_state, set_aside
+from audiomae.training.state import (
+    LAST,
+    Model,
+    Resumed,
+    State,
+    find_checkpoints,
+    save_settings,
+    save_state,
+    set_aside,
+    stamp,
+)
 from audiomae.training.store import open_store
 from audiomae.training.watchdog import Watchdog
 
@@ -42,16 +53,16 @@ class Supervisor:
         """Lock the output folder, and watch over signals and ranks.
 
         Raises:
-            SetupError: Another process has the folder, or it cannot be written.
+            SetupError: Another process has the folder or had it until now, it cannot be written, or ranks do not come.
         """
         folder = RunFolder(self.folder)
         self._open.push(folder)
-        agree(self._ranks, folder.lock if self._ranks.main else (lambda: None))
-        self.notes = folder.notes
-        if self._ranks.main and self._resumed is not None:
-            self.notes += set_aside(self._resumed.broken, self.folder)
+        agree(self._ranks, partial(self._take, folder) if self._ranks.main else (lambda: None))
         self._stop = self._open.enter_context(StopRequest())
-        store = open_store(self._ranks.rank, self._ranks.world_size)
+        try:
+            store = open_store(self._ranks.rank, self._ranks.world_size)
+        except TimeoutError as error:
+            raise JoinError(str(error)) from error
         self.watchdog = self._open.enter_context(
             Watchdog(
                 store,
@@ -65,6 +76,15 @@ class Supervisor:
 
     def __exit__(self, *exception: Any) -> None:
         self._open.__exit__(*exception)
+
+    def _take(self, folder: RunFolder) -> None:
+        """Lock the folder, which must be as it was when this run looked for what to go on from."""
+        folder.lock()
+        self.notes = folder.notes
+        if stamp(find_checkpoints(self._config)) != ([] if self._resumed is None else self._resumed.found):
+            raise FileExistsError(f"another run saved to {self.folder} while this one began: start this one again")
+        if self._resumed is not None:
+            self.notes += set_aside(self._resumed.broken, self.folder)
 
     @property
     def stop(self) -> int:

@@ -16,13 +16,15 @@ class Verdict(NamedTuple):
         step: Its number.
         finite: Whether its loss and gradient were finite; if not, the optimiser left it out.
         stop: Number of the signal that asked any rank to stop; 0 where none did.
-        clips: Numbers of this rank's clips in the micro-batches whose loss was not finite, or where all were, of all.
+        clips: Numbers of this rank's clips in a step that was not finite.
+        spoilt: Of those, the clips in micro-batches whose loss was not finite.
     """
 
     step: int
     finite: bool
     stop: int
     clips: list[int]
+    spoilt: list[int]
 
 
 class PendingVerdict:
@@ -56,6 +58,8 @@ class PendingVerdict:
         if self._arrived is not None:
             self._arrived.synchronize()
         stop, finite, *losses = self._values.tolist()
-        spoilt = [visits for visits, loss in zip(self._visits, losses, strict=True) if not loss] or self._visits
-        clips = [] if finite else [clip for visits in spoilt for clip in visits[:, 1].tolist()]
-        return Verdict(self.step, bool(finite), int(stop), clips)
+        if finite:
+            return Verdict(self.step, True, int(stop), [], [])
+        clips = torch.cat(self._visits)[:, 1]
+        spoilt = torch.tensor(losses).eq(0).repeat_interleave(torch.tensor([len(visits) for visits in self._visits]))
+        return Verdict(self.step, False, int(stop), clips.tolist(), clips[spoilt].tolist())

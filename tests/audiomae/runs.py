@@ -3,8 +3,10 @@
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,26 @@ def torchrun(output: Path, *flags: str, ranks: int = 2) -> subprocess.CompletedP
     command += ["-m", "audiomae.pretrain", *TINY, "--output-dir", str(output), "--device", "cpu", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+
+
+def two_machines(first: Sequence[str], second: Sequence[str]) -> list[subprocess.CompletedProcess[str]]:
+    """Start a rank each on what stand for two machines, with flags of their own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+    def start(rank: int, flags: Sequence[str]) -> subprocess.Popen[str]:
+        environment = {**os.environ, **shared, "OMP_NUM_THREADS": "1", "RANK": str(rank)}
+        command = [sys.executable, "-m", "audiomae.pretrain", *TINY, "--device", "cpu", *flags]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    processes = [start(rank, flags) for rank, flags in enumerate((first, second))]
+    said = [process.communicate(timeout=120) for process in processes]
+    return [
+        subprocess.CompletedProcess(process.args, process.returncode, *output)
+        for process, output in zip(processes, said, strict=True)
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,9 @@
 """What must not harm a run and is never unseen: clips that cannot be read, and losses that are not finite."""
 
 import csv
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,15 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 
+from audiomae.data import Manifest
 from audiomae.model import AudioMAE
+from audiomae.training.config import PretrainConfig
+from audiomae.training.distributed import Ranks
+from audiomae.training.faults import Faults
+from audiomae.training.logging import RunLog
+from audiomae.training.progress import Progress
+from audiomae.training.supervisor import NullSupervisor
+from audiomae.training.verdict import Verdict
 from tests.audiomae.runs import FLAGS, assert_same_curve, assert_same_run, losses, read_log, run, torchrun, whole
 
 __all__ = ["whole"]
@@ -139,6 +149,44 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_its_clips(
     assert rows[0]["path"] in last
 
 
+def test_a_loss_that_is_not_finite_is_told_when_the_run_is_asked_to_stop_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoilt = SpoilLoss(monkeypatch, 5)
+
+    def forward(model, *args, **kwargs):
+        if spoilt.count == 3:  # the verdict on step 4, which knows of it, comes with step 5
+            os.kill(os.getpid(), signal.SIGTERM)
+        return spoilt(model, *args, **kwargs)
+
+    monkeypatch.setattr(AudioMAE, "forward", forward)
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path, *FLAGS)
+    assert end.value.code == 2
+    assert "is not finite at step 5" in capsys.readouterr().err.splitlines()[-1]
+    assert {row["step"] for row in read_table(tmp_path / "nonfinite.csv")} == {"5"}
+
+
+class TwoRanks(Ranks):
+    """The first of two ranks, with what the other one sends."""
+
+    def gather(self, value):
+        return [value, self.other]
+
+
+@pytest.mark.parametrize(("spoilt", "named"), [([7], [7]), ([], [2, 3, 7, 8])])
+def test_only_clips_that_may_have_spoilt_a_step_are_named(tmp_path: Path, spoilt: list[int], named: list[int]) -> None:
+    ranks = TwoRanks(0, 2, 2, torch.device("cpu"))
+    object.__setattr__(ranks, "other", ([8, 7], spoilt))
+    manifest = Manifest([(f"{number}.wav", ()) for number in range(9)])
+    config, progress = PretrainConfig(output_dir=tmp_path, skip_nonfinite=1), Progress()
+    with RunLog(tmp_path) as log:
+        faults = Faults(config, ranks, manifest, 9, progress)
+        faults.judge(Verdict(4, False, 0, [3, 2], []), log, NullSupervisor())
+    assert progress.nonfinite == {4: named}
+    assert [int(row["clip"]) for row in read_table(tmp_path / "nonfinite.csv")] == named
+
+
 def test_losses_that_are_not_finite_are_left_out_as_often_as_allowed(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,6 +202,13 @@ def test_losses_that_are_not_finite_are_left_out_as_often_as_allowed(
     assert "left out, 1 of 2 that may be" in capsys.readouterr().err
     for tensor in load_file(tmp_path / "whole" / "weights.safetensors").values():
         assert tensor.isfinite().all()
+    # With other clips, those of an earlier process have no names any more, but count.
+    shutil.copytree(tmp_path / "whole", tmp_path / "other")
+    (tmp_path / "other" / "checkpoint-last.pt").unlink()
+    make_clips(tmp_path / "clips", 126)
+    run(tmp_path / "other", *flags, "--resume", "auto", "--data", str(tmp_path / "clips"))
+    rows = read_table(tmp_path / "other" / "nonfinite.csv")
+    assert rows == [{"step": step, "clip": "", "path": ""} for step in ("2", "5")]
     # One more is too many, also for a run that goes on.
     shutil.copytree(tmp_path / "whole", tmp_path / "more")
     (tmp_path / "more" / "checkpoint-last.pt").unlink()

@@ -3,12 +3,14 @@
 import errno
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -70,7 +72,7 @@ def test_other_errors_of_the_file_system_pass_through(tmp_path: Path) -> None:
 def test_only_what_was_left_half_written_is_removed(tmp_path: Path) -> None:
     for name in ("a.pt.12.tmp", "b.tar.gz.7.tmp", "notes.tmp", "c.pt.old.tmp", "d.12", "12.tmp"):
         (tmp_path / name).write_text("")
-    assert sorted(remove_leftovers(tmp_path)) == ["a.pt.12.tmp", "b.tar.gz.7.tmp"]
+    assert sorted(remove_leftovers(tmp_path)) == [tmp_path / "a.pt.12.tmp", tmp_path / "b.tar.gz.7.tmp"]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["12.tmp", "c.pt.old.tmp", "d.12", "notes.tmp"]
 
 
@@ -123,19 +125,64 @@ def test_a_broken_file_is_told_apart_from_one_that_is_none(saved: Path, tmp_path
     assert not isinstance(error.value, BrokenFileError)
 
 
+def test_pictures_that_were_left_half_written_are_removed_and_other_runs_left_alone(tmp_path: Path) -> None:
+    for folder in ("pictures", "other-run"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.png.12.tmp").write_text("")
+    (tmp_path / "other-run" / ".lock").write_text("")
+    with RunFolder(tmp_path) as folder:
+        folder.lock()
+    assert folder.notes == ["removed what a killed run left half written: pictures/a.png.12.tmp"]
+    assert not (tmp_path / "pictures" / "a.png.12.tmp").exists()
+    assert (tmp_path / "other-run" / "a.png.12.tmp").exists()
+
+
+def test_a_whole_file_that_cannot_be_loaded_is_not_called_broken(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory\nand so on"), MemoryError()):
+        monkeypatch.setattr(torch, "load", Mock(side_effect=error))
+        with pytest.raises(CheckpointError, match=r"is as it was written, but cannot be loaded: .*emory") as info:
+            load_pickle(saved)
+        assert not isinstance(info.value, BrokenFileError)
+        assert "\n" not in str(info.value)
+
+
 HOLD = """
-import sys, time
+import socket, sys, time
 from pathlib import Path
 from audiomae.training.folder import RunFolder
+if len(sys.argv) > 3:
+    socket.gethostname = lambda: sys.argv[3]
 folder = RunFolder(Path(sys.argv[1]))
 folder.lock()
 print("locked", flush=True)
-time.sleep(600)
+time.sleep(float(sys.argv[2]))
 """
 
 
+def test_the_lock_of_another_machine_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def hold(seconds: float) -> subprocess.Popen:
+        command = [sys.executable, "-c", HOLD, str(tmp_path), str(seconds), "node7"]
+        holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "locked\n"
+        return holder
+
+    with hold(1.5), RunFolder(tmp_path) as folder:
+        folder.lock()
+    told = f"{tmp_path} is in use by process \\d+ on node7 since .*: waiting 120 s for it\n"
+    assert re.fullmatch(told, capsys.readouterr().err)
+
+    monkeypatch.setattr("audiomae.training.folder.LEASE", 0.5)
+    with hold(60) as holder:
+        with pytest.raises(FolderInUseError, match="on node7 since"), RunFolder(tmp_path) as folder:
+            folder.lock()
+        holder.kill()
+
+
 def test_a_lock_is_held_by_a_living_process_alone(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run"), "600"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "locked\n"

@@ -14,7 +14,7 @@ from audiomae.checkpoints import load
 from audiomae.data.log_mel_stats import SCHEMA, VERSION
 from audiomae.pretrain import build, main, parse_arguments
 from audiomae.training.distributed import join_ranks
-from tests.audiomae.runs import TINY, losses, read_log, run, torchrun
+from tests.audiomae.runs import TINY, losses, read_log, run, torchrun, two_machines
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +147,22 @@ def test_a_wrong_setting_is_told_once_by_all_ranks(tmp_path: Path) -> None:
     done = torchrun(tmp_path / "run", "--mask-ratio", "0.99")
     assert done.returncode != 0
     assert done.stderr.count("audiomae.pretrain: error: a mask ratio of 0.99 keeps 0 of 32") == 1
+
+
+def test_what_is_wrong_on_one_machine_alone_ends_all(tmp_path: Path) -> None:
+    flags = ["--output-dir", str(tmp_path / "run")]
+    missing = str(tmp_path / "weights.safetensors")
+    here, there = two_machines(flags, [*flags, "--init-from", missing])
+    assert here.returncode == there.returncode == 2
+    assert here.stderr.splitlines()[-1].startswith("audiomae.pretrain: error: no such checkpoint: ")
+    assert "error" not in there.stderr  # told once
+
+    missing = str(tmp_path / "stats.json")
+    here, there = two_machines([*flags, "--recipe", "none"], [*flags, "--stats", missing])
+    assert here.stderr.splitlines()[-1].startswith("audiomae.pretrain: error: recipe is 'none'")
+    assert there.returncode == 2
+    assert there.stderr.splitlines()[-1].startswith("audiomae.pretrain: error (rank 1): ")
+    assert missing in there.stderr.splitlines()[-1]
 
 
 def test_flags_change_the_recipe() -> None:

@@ -9,11 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from audiomae import data
+from audiomae.checkpoints.checksum import save_with_checksum
+from audiomae.checkpoints.files import load_pickle
 from audiomae.model import AudioMAE
 from audiomae.training import state
 from tests.audiomae.runs import (
@@ -241,6 +244,65 @@ def test_another_list_of_clips_is_told(whole: Path, tmp_path: Path, capsys: pyte
     (tmp_path / "demo" / "clips.csv").write_text("".join([lines[0], *reversed(lines[1:])]))
     run(tmp_path / "run", *FLAGS, "--resume", "auto", "--data", str(tmp_path / "demo" / "clips.csv"))
     assert "changed since the checkpoint: the list of clips" in capsys.readouterr().err
+
+
+def test_another_device_is_told_where_it_changes_the_precision(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    saved = load_pickle(whole / "checkpoint-previous.pt")
+    save_with_checksum(
+        {**saved, "launch": {**saved["launch"], "cuda": "13.0"}}, tmp_path / "run" / "checkpoint-last.pt"
+    )
+    run(tmp_path / "run", *FLAGS, "--resume", "auto")
+    told = "changed since the checkpoint: precision was bf16, on a GPU, is fp32, on a CPU"
+    assert told in capsys.readouterr().err
+    shutil.copytree(whole, tmp_path / "same")
+    run(tmp_path / "same", *FLAGS, "--resume", "auto")
+    assert "precision was" not in capsys.readouterr().err
+
+
+def test_what_another_run_saved_in_the_meantime_is_not_gone_behind(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    saved = tmp_path / "run" / "checkpoint-last.pt"
+
+    def save_meanwhile(*_: object) -> None:
+        shutil.copyfile(saved, tmp_path / "copy")
+        (tmp_path / "copy").replace(saved)
+
+    monkeypatch.setattr("audiomae.pretrain.agree_on_step", save_meanwhile)
+    log = (tmp_path / "run" / "log.jsonl").read_text()
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path / "run", "--epochs", "4", "--resume", "auto")
+    assert end.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"another run saved to {tmp_path / 'run'} while this one began: start this one again" in last
+    assert (tmp_path / "run" / "log.jsonl").read_text() == log
+
+
+@pytest.mark.parametrize(
+    ("flags", "saved", "kept"),
+    [
+        (["--save-steps", "3"], [3, 6, 9], []),
+        (["--save-steps", "2"], [2, 4, 6, 8, 9], []),
+        (["--save-steps", "0", "--keep-every", "2"], [6, 9], ["checkpoint-epoch-0002.pt"]),
+    ],
+)
+def test_states_are_saved_when_they_should_be(
+    flags: list[str], saved: list[int], kept: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+
+    def save(folder: Path, saved: state.State, *args: Any, **kwargs: Any) -> None:
+        steps.append(saved.progress["step"])
+        state.save_state(folder, saved, *args, **kwargs)
+
+    monkeypatch.setattr("audiomae.training.supervisor.save_state", save)
+    run(tmp_path, *FLAGS, "--save-every", "100", *flags)
+    assert steps == saved
+    assert [path.name for path in tmp_path.glob("checkpoint-epoch-*")] == kept
 
 
 def test_a_run_says_with_what_it_was_started(whole: Path) -> None:
