@@ -9,6 +9,7 @@ The classes are the checkpoint's; a file without names of its classes takes thos
 output folder gets evaluation.json, classes.csv and a picture.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,7 @@ from audiomae.metrics import Evaluation, evaluate_scores, print_table, write_rep
 from audiomae.training.command import agree, make_loader, run_command, share_processors
 from audiomae.training.distributed import Ranks, is_main_process, join_ranks
 from audiomae.training.ending import end_rank, error_line
+from audiomae.training.faults import TooManySkippedError, tell_unread
 from audiomae.training.finetuner import score_clips
 from audiomae.training.loop import autocast_dtype
 
@@ -64,6 +66,8 @@ class EvaluateConfig:
     """Autocast: auto is bf16 on GPUs and fp32 on CPUs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute: auto takes a GPU where there is one."""
+    max_skipped: float = 0.01
+    """Share of the clips that may be left out because they cannot be read; with more there is no report."""
     allow_outside: bool = False
     """Allow paths in manifests that lead out of the manifest's folder."""
 
@@ -73,6 +77,8 @@ class EvaluateConfig:
             raise ValueError(f"batch_size is {self.batch_size}, expected at least 1")
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"workers is {self.workers}, expected at least 0")
+        if not 0 <= self.max_skipped <= 1:
+            raise ValueError(f"max_skipped is {self.max_skipped}, expected a share from 0 to 1")
         if self.dataset == "manifest" and (self.fold is not None or self.split != "test"):
             raise ValueError("fold and split are of data sets; with manifest, data names the clips themselves")
 
@@ -119,7 +125,8 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> Evaluation:
 
     Raises:
         SetupError: What is wrong with the checkpoint or the data.
-        OSError: A clip that cannot be read.
+        OSError: None of the clips can be read.
+        TooManySkippedError: More clips than may be left out cannot be read.
     """
     impl = "auto" if config.fused else "reference"
     model = agree(ranks, partial(load_classifier, config.checkpoint, impl)).to(ranks.device)
@@ -138,7 +145,12 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> Evaluation:
     )
     batches = EvaluationBatches(len(clips), config.batch_size, ranks.rank, ranks.world_size)
     loader = make_loader(clips, batches, ranks, share_processors(config.workers, ranks))
-    scores, targets = score_clips(model, front_end, loader, ranks, autocast_dtype(config.precision, ranks.device))
+    precision = autocast_dtype(config.precision, ranks.device)
+    scores, targets, unread = score_clips(model, front_end, loader, ranks, precision)
+    split = "the manifest" if config.dataset == "manifest" else config.split
+    for line in tell_unread(unread, manifest, config.max_skipped, split):
+        if ranks.main:
+            print(line, file=sys.stderr)
     return evaluate_scores(scores, targets, labels.names, multi_label=model.config.multi_label)
 
 
@@ -165,6 +177,8 @@ def run_evaluation(arguments: Sequence[str] | None) -> None:
             evaluation = evaluate(config, ranks)
             if ranks.main:
                 write_report(evaluation, config.output_dir)
+        except TooManySkippedError as error:  # the same on all ranks
+            end_rank(ranks, f"{PROG}: error: {error}" if ranks.main else "")
         except (OSError, ValueError) as error:
             end_rank(ranks, error_line(PROG, ranks, error))
         if ranks.main:

@@ -46,6 +46,7 @@ from audiomae.training.command import (
 from audiomae.training.config import FinetuneConfig, SetupError
 from audiomae.training.distributed import Ranks, join_ranks
 from audiomae.training.ending import carry_out
+from audiomae.training.faults import tell_unread
 from audiomae.training.finetuner import Finetuner, draw_mask, score_clips
 from audiomae.training.logging import NullLog, RunLog
 from audiomae.training.loop import autocast_dtype
@@ -280,7 +281,7 @@ def train(config: FinetuneConfig, ranks: Ranks, run: Run, log: RunLog | NullLog,
         result = trainer.run_epoch(epoch - 1, log, supervisor)
         last, improved = epoch == config.epochs, False
         if config.select != "last" and (last or epoch % config.eval_every == 0):
-            name, value = headline(evaluate(run, config.select, supervisor))
+            name, value = headline(evaluate(run, config.select, log, supervisor))
             log.evaluation(step=epoch * steps, epoch=epoch, **{f"{config.select} {name}": value})
             if progress.best is None or not value <= progress.best["value"]:  # also better than one that is no number
                 progress.best, improved = {"epoch": epoch, "value": value, "weights": None}, True
@@ -297,10 +298,14 @@ def train(config: FinetuneConfig, ranks: Ranks, run: Run, log: RunLog | NullLog,
     report(config, ranks, run, log, supervisor)
 
 
-def evaluate(run: Run, split: str, supervisor: Supervisor) -> Evaluation:
-    """Evaluate the model as it is on a split, on all ranks."""
+def evaluate(run: Run, split: str, log: RunLog | NullLog, supervisor: Supervisor) -> Evaluation:
+    """Evaluate the model as it is on a split, on all ranks.
+
+    Raises:
+        TooManySkippedError: More of its clips than may be left out cannot be read.
+    """
     trainer = run.trainer
-    scored = score_clips(
+    scores, targets, unread = score_clips(
         trainer.model,
         trainer.front_end,
         run.splits[split],
@@ -308,20 +313,24 @@ def evaluate(run: Run, split: str, supervisor: Supervisor) -> Evaluation:
         trainer.precision,
         on_batch=partial(supervisor.mark, trainer.progress.step, f"evaluating on {split}"),
     )
-    return evaluate_scores(*scored, run.task.labels.names, multi_label=trainer.config.multi_label)
+    manifest = {"valid": run.task.valid, "test": run.task.test}[split]
+    assert manifest is not None
+    for line in tell_unread(unread, manifest, trainer.config.max_skipped, split):
+        log.message(line)
+    return evaluate_scores(scores, targets, run.task.labels.names, multi_label=trainer.config.multi_label)
 
 
 def report(config: FinetuneConfig, ranks: Ranks, run: Run, log: RunLog | NullLog, supervisor: Supervisor) -> None:
     """Evaluate the last and the chosen epoch on all splits, and write and tell what came out."""
     best = run.trainer.progress.best
-    evaluations = {split: evaluate(run, split, supervisor) for split in run.splits}
+    evaluations = {split: evaluate(run, split, log, supervisor) for split in run.splits}
     last = {split: evaluation.summary() for split, evaluation in evaluations.items()}
     best_epoch = config.epochs if best is None else best["epoch"]
     if best_epoch != config.epochs:
         if ranks.main:  # the others may not see its folder
             run.trainer.model.load_state_dict(load_classifier(config.output_dir / BEST_WEIGHTS).state_dict())
         ranks.broadcast(run.trainer.model)
-        evaluations = {split: evaluate(run, split, supervisor) for split in run.splits}
+        evaluations = {split: evaluate(run, split, log, supervisor) for split in run.splits}
     for split, evaluation in evaluations.items():
         name, value = headline(evaluation)
         if ranks.main:

@@ -9,9 +9,10 @@ from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
 import tyro
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
-from audiomae.data import ClipBatches, ClipLoader, Replacing
+from audiomae.data import ClipBatches, ClipLoader, Replacing, collate_visits
+from audiomae.data.replacing import Visits
 from audiomae.training.config import AgreedError, JoinError, RunConfig, SetupError
 from audiomae.training.distributed import Ranks, is_main_process, join_ranks
 from audiomae.training.signals import shield_worker
@@ -133,18 +134,19 @@ def share_processors(workers: int | None, ranks: Ranks) -> int:
     return workers
 
 
-def make_loader(dataset: Dataset[Any], batches: Sampler[Any], ranks: Ranks, workers: int) -> DataLoader[Any]:
+def make_loader(clips: Visits[Any], batches: Sampler[Any], ranks: Ranks, workers: int) -> DataLoader[Any]:
     """Make the loader of a split that is evaluated, whose workers live as long as it does.
 
     Args:
-        dataset: The clips.
+        clips: The clips; the batches tell which of them cannot be read.
         batches: Which clips a batch holds.
         ranks: This process among the others.
         workers: Processes that read; 0 reads in this one.
     """
     return DataLoader(
-        dataset,
+        Replacing(clips),
         batch_sampler=batches,
+        collate_fn=collate_visits,
         num_workers=workers,
         persistent_workers=workers > 0,
         worker_init_fn=shield_worker if workers > 0 else None,
@@ -157,7 +159,15 @@ def make_loader(dataset: Dataset[Any], batches: Sampler[Any], ranks: Ranks, work
 def make_training_loader(
     clips: Replacing[Any], samples: int, batches: ClipBatches, ranks: Ranks, workers: int
 ) -> ClipLoader:
-    """Make the loader of what is trained on; arguments as for :func:`make_loader`, and the samples of a clip."""
+    """Make the loader of what is trained on.
+
+    Args:
+        clips: The clips.
+        samples: Length of their waveforms.
+        batches: Which clips a batch holds.
+        ranks: This process among the others.
+        workers: Processes that read; 0 reads in this one.
+    """
     return ClipLoader(
         clips,
         samples,

@@ -1,6 +1,6 @@
 """What goes wrong in a run and does not end it: clips that cannot be read, and steps that are not finite."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -20,6 +20,28 @@ NAMES = 5
 
 class TooManySkippedError(RuntimeError):
     """More clips than allowed cannot be read."""
+
+
+def tell_unread(unread: Mapping[int, str], manifest: Manifest, limit: float, split: str) -> list[str]:
+    """Tell which clips of a split that was evaluated cannot be read; nothing where all can.
+
+    Args:
+        unread: Numbers of the clips, and what is wrong with each.
+        manifest: All clips.
+        limit: Share of them that may be left out.
+        split: Its name.
+
+    Raises:
+        TooManySkippedError: They are more than that.
+    """
+    if not unread:
+        return []
+    named = [f"{manifest.path(clip)}: {reason}" for clip, reason in list(unread.items())[:NAMES]]
+    more = f"; and {len(unread) - NAMES} more" if len(unread) > NAMES else ""
+    what = f"{len(unread)} of the {len(manifest)} clips of {split} cannot be read"
+    if len(unread) > limit * len(manifest):
+        raise TooManySkippedError(f"{what}, more than the {limit:.2%} of max_skipped: {'; '.join(named)}{more}")
+    return [f"{what} and are left out: {'; '.join(named)}{more}"]
 
 
 class Faults:

@@ -106,15 +106,17 @@ class Finetuner(Trainer):
 
 
 class ClipScores(NamedTuple):
-    """Scores of all clips of a split, in its order, on every rank.
+    """Scores of all clips of a split that can be read, in its order, on every rank.
 
     Attributes:
         scores: ``(N, classes)`` float32, probabilities.
         targets: ``(N, classes)`` bool.
+        unread: Numbers of the clips that cannot be read, which have no scores, and what is wrong with each.
     """
 
     scores: np.ndarray
     targets: np.ndarray
+    unread: dict[int, str]
 
 
 @torch.no_grad()
@@ -132,22 +134,26 @@ def score_clips(
         model: In evaluation mode while this runs, and left as it was.
         front_end: Waveforms to spectrograms, on the model's device.
         loader: Batches of :class:`audiomae.data.labelled.Example` of this rank's share, as
-            :class:`audiomae.data.sampling.EvaluationBatches` draws it.
+            :class:`audiomae.data.sampling.EvaluationBatches` draws it. What replaces clips that cannot be read is left
+            out.
         ranks: This process among the others.
         precision: Of autocast; float32 is none.
         on_batch: Called after each batch.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    clips, scores, targets = [], [], []
+    clips, scores, targets, unread = [], [], [], {}
     try:
-        for batch in loader:
+        for batch, unread_here in loader:
             spec = prepare(batch, front_end, ranks)
             with torch.autocast(ranks.device.type, precision, enabled=precision != torch.float32):
                 logits = model(spec)
-            clips.append(batch.pair[:, 1].clone())  # a view would keep the shared memory of its worker open
-            scores.append(model.scores(logits))
-            targets.append(batch.target.bool())
+            visit, clip = batch.pair.T
+            own = visit >= 0  # copies, too: views would keep the shared memory of their worker open
+            clips.append(clip[own])
+            scores.append(model.scores(logits)[ranks.send(own)])
+            targets.append(batch.target[own].bool())
+            unread.update(unread_here)
             on_batch()
     finally:
         for module, training in modes:
@@ -158,6 +164,8 @@ def score_clips(
         torch.cat(scores).cpu().numpy() if scores else np.zeros((0, classes), dtype=np.float32),
         torch.cat(targets).numpy() if targets else np.zeros((0, classes), dtype=bool),
     )
-    all_clips, all_scores, all_targets = (np.concatenate(part) for part in zip(*ranks.gather(share), strict=True))
+    *shares, all_unread = zip(*ranks.gather((*share, unread)), strict=True)
+    all_clips, all_scores, all_targets = map(np.concatenate, shares)
     order = np.argsort(all_clips)
-    return ClipScores(all_scores[order], all_targets[order])
+    merged = dict(sorted(item for of_rank in all_unread for item in of_rank.items()))
+    return ClipScores(all_scores[order], all_targets[order], merged)

@@ -1,5 +1,6 @@
 """Fine-tuning and evaluation from the command line, on miniatures of every data set of the paper."""
 
+import csv
 import json
 import os
 import shlex
@@ -284,6 +285,42 @@ def test_evaluating_with_ranks_counts_every_clip_once(trained: Path, lists: list
     one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two"))
     assert one["summary"]["clips"] == two["summary"]["clips"] == 12
     assert one["summary"] == pytest.approx(two["summary"])
+
+
+def test_clips_that_cannot_be_read_are_left_out_of_an_evaluation_and_told(
+    trained: Path, lists: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(lists[lists.index("--test-data") + 1]).parent
+    shutil.copytree(folder, tmp_path / "clips")
+    with (tmp_path / "clips" / "test.csv").open(newline="") as file:
+        paths = [row["path"] for row in csv.DictReader(file)]
+    (tmp_path / "clips" / paths[5]).write_text("no sound")
+    (tmp_path / "clips" / paths[2]).unlink()
+    test = str(tmp_path / "clips" / "test.csv")
+    weights = str(trained / "weights-best.safetensors")
+    flags = ["--checkpoint", weights, "--dataset", "manifest", "--data", test, "--output-dir", str(tmp_path / "all")]
+    told = f"2 of the 12 clips of the manifest cannot be read, more than the 1.00% of max_skipped: {tmp_path}"
+    assert told in error_of(capsys, evaluate, *flags)
+    evaluate([*flags, "--max-skipped", "0.2"])
+    printed = capsys.readouterr().err
+    assert "2 of the 12 clips of the manifest cannot be read and are left out: " in printed
+    assert f"{paths[2]}: No such file or directory; " in printed
+    assert f"{paths[5]}: cannot be read as audio" in printed
+    assert json.loads((tmp_path / "all" / "evaluation.json").read_text())["summary"]["clips"] == 10
+
+    # As without them: what replaces them counts for nothing.
+    with (tmp_path / "clips" / "test.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    with (tmp_path / "clips" / "fine.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(row for number, row in enumerate(rows) if number not in (3, 6))
+    fine = str(tmp_path / "clips" / "fine.csv")
+    evaluate([*flags, "--data", fine, "--output-dir", str(tmp_path / "fine")])
+    left, kept = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("all", "fine"))
+    assert left["summary"] == pytest.approx(kept["summary"])
+
+    run = [*lists, "--test-data", test, *SMALL_INPUT, "--epochs", "1", "--max-skipped", "0.2"]
+    finetune(tmp_path / "run", *run)
+    assert "2 of the 12 clips of test cannot be read and are left out: " in capsys.readouterr().err
 
 
 def error_of(capsys: pytest.CaptureFixture[str], command: Callable[[list[str]], None], *flags: str) -> str:
