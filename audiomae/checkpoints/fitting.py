@@ -1,5 +1,6 @@
 """Whether tensors from a file are weights, and those of a model: found before anything large is made of them."""
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -10,10 +11,11 @@ from audiomae.checkpoints.names import shown
 from audiomae.config import EncoderConfig
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_MOST_ALIKE = 16  # places that may share a number, as those of a patch's channels do where ``expand`` made them
 
 
 def check_kinds(state: Mapping[str, Tensor]) -> None:
-    """Check that tensors are what weights are: strided, of floating-point numbers, each with a place of its own.
+    """Check that tensors are what weights are: strided, of floating-point numbers that are there.
 
     Raises:
         CheckpointError: Other tensors; names the first one.
@@ -30,10 +32,12 @@ def check_kinds(state: Mapping[str, Tensor]) -> None:
 
 
 def _is_short(tensor: Tensor) -> bool:
-    """Whether a tensor has no numbers, or one stands for several: so a small file could tell of terabytes."""
-    if tensor.is_meta or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+    """Whether a tensor has far fewer numbers than places: so a small file could tell of terabytes."""
+    if tensor.is_meta:
         return True
-    return any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    own = math.prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
+    there = min(own, tensor.untyped_storage().nbytes() // tensor.element_size())
+    return tensor.numel() > _MOST_ALIKE * there
 
 
 def check_model(make: Callable[[], nn.Module], config: EncoderConfig, state: Mapping[str, Tensor]) -> None:

@@ -7,8 +7,6 @@ such memory. Here each process fills slots that were there before it was started
 
 import mmap
 import multiprocessing
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from audiomae.data.processes import begin
 from audiomae.data.replacing import Batch, Replacing, Unread, collate_visits
 from audiomae.data.sampling import ClipBatches
 
@@ -46,7 +45,9 @@ class _Slots(Dataset[Batch]):
         assert info is not None
         slot = info.id, self._filled % self.waveforms.shape[1]
         self._filled += 1
-        kinds, others, unread = zip(*map(self._read, pairs, self.waveforms[slot]), strict=True)
+        rows = self.waveforms[slot][: len(pairs)]
+        read = [self._read(pair, row) for pair, row in zip(pairs, rows, strict=True)]
+        kinds, others, unread = zip(*read, strict=True)
         make = kinds[0] if kinds[0] is tuple else kinds[0]._make
         # Arrays are small here and travel with the message itself; tensors would not.
         arrays = [torch.stack(part).numpy() for part in zip(*others, strict=True)]
@@ -57,6 +58,10 @@ class _Slots(Dataset[Batch]):
     ) -> tuple[type[tuple[Any, ...]], tuple[Tensor, ...], tuple[Unread, ...]]:
         """Read a clip, put its waveform into a row, and return its type, what else it has, and what was not read."""
         sample, unread = self._clips[pair]
+        if sample[0].shape != row.shape:  # one that is shorter could be spread over the row
+            raise ValueError(
+                f"clip {pair[1]} has a waveform of shape {tuple(sample[0].shape)}, expected {tuple(row.shape)}"
+            )
         # At once, so that the memory of one waveform serves for all and stays in the processor's cache: to give memory
         # for eight back and get it anew takes as long as reading them does.
         row.copy_(sample[0])
@@ -129,8 +134,9 @@ class ClipLoader:
         visits: Dataset[Any] = clips
         collate: Callable[[Any], Batch] = collate_visits
         if workers and multiprocessing.get_start_method() == "fork":
-            # One slot more than there can be batches on their way and in use.
-            slots = _PREFETCH + batches.splits + 1
+            # Those in use, and those on their way: twice as many where an iteration is left before its end, since a
+            # process fills what it was asked for, and then as much for the next iteration.
+            slots = 2 * _PREFETCH + batches.splits
             visits = self._slots = _Slots(clips, (workers, slots, batches.largest_part, samples))
             _ALL_SLOTS[id(self._slots)] = self._slots
             collate = _as_it_is
@@ -148,10 +154,5 @@ class ClipLoader:
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        stream = iter(self._loader)
-        if self._loader.num_workers and threading.current_thread() is threading.main_thread():
-            # PyTorch's handler raises where the main thread happens to be, and what is computed there may take the
-            # error for its own. The loader sees within 5 s by itself that a process died.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for batch in stream:
+        for batch in begin(self._loader):
             yield batch._replace(data=batch.data.take()) if isinstance(batch.data, _InSlot) else batch

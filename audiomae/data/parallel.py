@@ -1,5 +1,6 @@
 """Work on all clips of a manifest, in processes, with a progress bar."""
 
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -10,7 +11,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader, Dataset
 
+from audiomae.data.processes import begin
+
 T = TypeVar("T")
+
+_OUT_OF_MEMORY = "a process that needs more memory than there is ends so"
 
 
 class WorkerError(RuntimeError):
@@ -67,10 +72,15 @@ def map_clips(
     threads, first = torch.get_num_threads(), 0
     torch.set_num_threads(1)
     try:
-        results = iter(loader)  # before the bar, which has a thread: processes are forked
+        others = set(multiprocessing.active_children())
+        results = begin(loader)  # before the bar, which has a thread: processes are forked
+        processes = set(multiprocessing.active_children()) - others
         with Progress(*columns, *times, console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task(what, total=num_clips)
             for number, clips, result in results:
+                # The loader looks only once the others have nothing more to give; until then all of it would wait here.
+                if dead := [str(process.pid) for process in processes if process.exitcode is not None]:
+                    raise WorkerError(f"process {', '.join(dead)} exited unexpectedly; {_OUT_OF_MEMORY}")
                 progress.advance(task, clips)
                 waiting[number] = result
                 while first in waiting:
@@ -79,7 +89,7 @@ def map_clips(
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
-        raise WorkerError(f"{error}; a process that needs more memory than there is ends so") from error
+        raise WorkerError(f"{error}; {_OUT_OF_MEMORY}") from error
     finally:
         torch.set_num_threads(threads)
 

@@ -160,7 +160,7 @@ def _open_table(files: ExitStack, path: Path, *columns: str) -> Any:
     """Open a CSV that appears when ``files`` closes. Names of files that are not UTF-8 keep their bytes."""
     temporary = files.enter_context(replacing(path))
     file = files.enter_context(temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape"))
-    table = csv.writer(file, lineterminator="\n")
+    table = csv.writer(file)  # with its own ends of lines it quotes a name that holds either half of one
     table.writerow(columns)
     return table
 
@@ -196,6 +196,8 @@ def prepare(config: PrepareConfig) -> Report:
     manifest = read_manifest(source, allow_outside=config.allow_outside)
     settings = {"manifest": os.path.abspath(source), "sample_rate": config.sample_rate, "format": config.format}
     with PreparedFolder(config.out, settings) as folder:
+        for note in folder.notes:
+            print(f"{PROG}: {note}", file=sys.stderr)
         places = Places(manifest, f".{config.format}", {INSIDE, SETTINGS, _LIST, _FAILED, _CLIPPED, _REPORT})
         converter = Converter(
             manifest,

@@ -39,6 +39,10 @@ class ClipError(OSError):
     clip: int | None = None
 
 
+class SilentClipError(ClipError):
+    """A clip of which all that was read is silent."""
+
+
 class _SoundFile(sf.SoundFile):
     """A sound file whose errors are those of a clip, and that is read on from where it is.
 
@@ -163,7 +167,7 @@ class SoundClip:
         self._varies = bool(samples[len(samples) // 2] != self._level or (samples != self._level).any())
 
     def check_sound(self, start: int, samples: int) -> None:
-        """Raise ClipError if all that was read for a crop is one value: without its mean, silence."""
+        """Raise SilentClipError if all that was read for a crop is one value: without its mean, silence."""
         if self._varies or self._heard < 2:
             return
         parts: list[tuple[int, int]] = []
@@ -172,7 +176,7 @@ class SoundClip:
             parts = [(start, end)] if end <= self.length else [(start, self.length), (0, end - self.length)]
         seconds = [[(self._first + place) / self._rate for place in part] for part in parts]
         told = " and".join(f" from {begin:.2f} s to {end:.2f} s" for begin, end in seconds)
-        raise ClipError(f"{self._path}: silent{told}")
+        raise SilentClipError(f"{self._path}: silent{told}")
 
     def _decode(self, first: int, count: int) -> np.ndarray:
         """Mono float32 samples [first, first + count) at the file's own rate."""
@@ -186,7 +190,7 @@ class SoundClip:
                 samples = decode_next(self._file, preroll + count)[preroll:]
             else:
                 with open_sound(self._path) as file:
-                    _skip(file, first)
+                    skip_next(file, first)
                     samples = decode_next(file, count)
         except MemoryError as error:
             raise ClipError(f"{self._path}: its {count} samples do not fit into memory") from error
@@ -213,7 +217,7 @@ def _block_frames(file: sf.SoundFile) -> int:
     return max(_BLOCK_VALUES // file.channels, 1)
 
 
-def _skip(file: sf.SoundFile, count: int) -> None:
+def skip_next(file: sf.SoundFile, count: int) -> None:
     """Decode the next samples of a file that cannot be sought in."""
     block = _block_frames(file)
     for skipped in range(0, count, block):

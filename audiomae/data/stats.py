@@ -10,6 +10,8 @@ without its gain, and no padding. With --whole, clips are cut into crops instead
 finds clips that are cut off, or hold samples that are not finite, anywhere. A figure depends on the clips, the seed and
 these settings alone, not on the number of processes.
 
+A clip of which the crop alone is silent is named, and counts as fine, but is not among those that mean and std are of.
+
 The exit status is 0 where all clips are fine, 1 where some are missing, broken or silent, and 2 where the manifest
 cannot be read or none of its clips.
 """
@@ -36,7 +38,7 @@ from audiomae.data.clips import ClipDataset
 from audiomae.data.log_mel_stats import SCHEMA, VERSION, Moments, StatsError
 from audiomae.data.manifests import Manifest, read_manifest
 from audiomae.data.parallel import WorkerError, describe, map_clips, printable
-from audiomae.data.sound_files import ClipError
+from audiomae.data.sound_files import ClipError, SilentClipError
 from audiomae.data.streams import open_stream
 from audiomae.frontend import LogMel
 from audiomae.seeding import epoch_generator
@@ -46,7 +48,7 @@ _CHUNK = 64  # clips that a process looks at in one go
 _LENGTHS = tuple(digit * 10.0**power for power in range(-2, 6) for digit in (1, 2, 5))
 """Edges between the bars of the histogram, s."""
 _BAR = 44  # characters of the longest bar
-_FAULTS = ("missing", "broken", "silent")
+_FAULTS = ("missing", "broken", "silent", "silent_crop")
 
 
 @dataclass(frozen=True)
@@ -87,11 +89,11 @@ class StatsConfig:
 
 
 class Fault(NamedTuple):
-    """A clip that is not fine.
+    """A clip that is not fine, or not all of it.
 
     Attributes:
         clip: Its number in the manifest.
-        kind: "missing", "broken" or "silent".
+        kind: "missing", "broken", "silent", or "silent_crop" of one that is fine elsewhere.
         reason: What is wrong.
     """
 
@@ -105,7 +107,7 @@ class Findings:
     """What was found of some clips.
 
     Attributes:
-        fine: Clips without a fault; what follows is of them alone.
+        fine: Clips without a fault, or with a silent crop; what follows is of them alone.
         seconds: Of all.
         shortest: Of the shortest, s.
         longest: Of the longest, s.
@@ -113,9 +115,9 @@ class Findings:
         sample_rates: Clips by sample rate, Hz.
         channels: Clips by number of channels.
         formats: Clips by container and sample format.
-        heard: Clips behind the moments.
+        heard: Clips behind the moments, none with a silent crop among them.
         moments: Of the values of their log-mel spectrograms.
-        faults: The other clips.
+        faults: Of the other clips, and silent crops.
     """
 
     fine: int = 0
@@ -167,11 +169,15 @@ class _Look:
         for clip in clips:
             try:
                 found.add(self._look(clip))
+            except SilentClipError as error:
+                found.faults.append(self._fault(clip, "silent", error))
             except ClipError as error:
-                path = self.manifest.path(clip)
-                reason = str(error).removeprefix(f"{path}: ")
-                found.faults.append(Fault(clip, _kind(path, reason), reason))
+                kind = "broken" if os.path.exists(self.manifest.path(clip)) else "missing"
+                found.faults.append(self._fault(clip, kind, error))
         return found
+
+    def _fault(self, clip: int, kind: str, error: ClipError) -> Fault:
+        return Fault(clip, kind, str(error).removeprefix(f"{self.manifest.path(clip)}: "))
 
     def _look(self, clip: int) -> Findings:
         """Look at one clip, or raise what is wrong with it."""
@@ -187,19 +193,20 @@ class _Look:
                 formats=Counter([stream.format]),
             )
             found.lengths[np.searchsorted(_LENGTHS, stream.seconds, side="right")] = 1
-            if self.chosen[clip]:
-                found.heard = 1
-                for crop in stream.blocks(self.samples) if self.config.whole else [self.crops[0, clip][0]]:
-                    found.moments = found.moments.merge(Moments.of(self.front_end(crop[None]).numpy()))
-                if self.config.whole:
-                    stream.check_sound(0, stream.length)
+            if not self.chosen[clip]:
+                return found
+            try:
+                crops = stream.blocks(self.samples) if self.config.whole else iter([self.crops[0, clip][0]])
+            except SilentClipError as error:
+                stream.find_sound(self.samples)
+                found.faults.append(self._fault(clip, "silent_crop", error))
+                return found
+            found.heard = 1
+            for crop in crops:
+                found.moments = found.moments.merge(Moments.of(self.front_end(crop[None]).numpy()))
+            if self.config.whole:
+                stream.check_sound(0, stream.length)
         return found
-
-
-def _kind(path: str, reason: str) -> str:
-    if not os.path.exists(path):
-        return "missing"
-    return "silent" if reason.startswith("silent") else "broken"
 
 
 def find_stats(manifest: Manifest, config: StatsConfig) -> Findings:
@@ -279,7 +286,7 @@ def print_report(report: dict[str, Any], names: int = 5) -> None:
     for kind in _FAULTS:
         faults = [fault for fault in report["faults"] if fault["kind"] == kind]
         if faults:
-            console.print(f"{kind}: {len(faults):,}")
+            console.print(f"{kind.replace('_', ' ')}: {len(faults):,}")
             for fault in faults[:names]:
                 console.print(f"  {printable(fault['path'])}: {printable(fault['reason'])}", soft_wrap=True)
             if len(faults) > names:
@@ -329,7 +336,7 @@ def _run(config: StatsConfig) -> int:
     else:
         data = "" if config.manifest is None else f" --data {shlex.quote(config.manifest)}"
         print(f"to normalise with them: python -m audiomae.pretrain{data} --stats {shlex.quote(str(config.out))}")
-    return 1 if report["faults"] else 0
+    return 0 if report["fine"] == report["clips"] else 1
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import soundfile as sf
 import torch
 
-from audiomae.data.sound_files import ClipError, SoundClip, decode_next, open_sound
+from audiomae.data.sound_files import ClipError, SoundClip, decode_next, open_sound, skip_next
 
 
 class ClipStream(SoundClip):
@@ -39,11 +39,26 @@ class ClipStream(SoundClip):
         for first in range(0, self.length, size):
             yield self.read(first, min(size, self.length - first))
 
+    def find_sound(self, size: int) -> None:
+        """Read on, ``size`` samples at a time, until not all of them are one value.
+
+        Raises:
+            SilentClipError: They are, to the end of the clip.
+            ClipError: As ``blocks``.
+        """
+        for _ in self.blocks(size):
+            if self._varies:
+                return
+        self.check_sound(0, self.length)
+
     def _decode(self, first: int, count: int) -> np.ndarray:
         """Decode on from where the last block ended. Its end may be needed again, for the filter of a resampler."""
-        if self._end < 0 or not self._file.seekable():
+        if self._end < 0 and self._file.seekable():
             samples = super()._decode(first, count)
         else:
+            if self._end < 0:
+                skip_next(self._file, first)
+                self._end = first
             new = decode_next(self._file, first + count - self._end)
             samples = np.concatenate([self._decoded[len(self._decoded) - (self._end - first) :], new])
             if len(samples) < count:

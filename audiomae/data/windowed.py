@@ -135,6 +135,9 @@ def hear_clips(
 ) -> Iterator[HeardClip | UnreadableClip]:
     """Send all clips through a model, and give what it made of each, in their order.
 
+    All results of a clip are in memory until its last one is there. With several workers, which read as many clips at
+    the same time, so are those of later clips: up to ``workers - 1`` results for each window of the longest clip.
+
     Args:
         dataset: The clips.
         model: From windows ``(B, samples)``, zero-padded, and their lengths without padding ``(B,)`` int64 to a result

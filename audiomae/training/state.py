@@ -287,7 +287,7 @@ def resume_optimizer(optimizer: torch.optim.Optimizer, resumed: Resumed) -> None
         for number, values in resumed.optimizer["state"].items():
             _check_moments(values, parameters[number])
         moments = {
-            number: {name: sharded(value, parameters[number]) for name, value in values.items()}
+            number: {name: sharded(value.contiguous(), parameters[number]) for name, value in values.items()}
             for number, values in resumed.optimizer["state"].items()
         }
         optimizer.load_state_dict({**resumed.optimizer, "state": moments})

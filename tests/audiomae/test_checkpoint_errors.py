@@ -74,6 +74,24 @@ def test_tensors_that_do_not_fit(tmp_path: Path, change: Callable[[State], State
     error_line(lambda: start_encoder(small_encoder(), path), str(path), *facts)
 
 
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(1).expand(1 << 40),
+        torch.zeros(1, 2).expand(1 << 40, 2),
+        torch.zeros(WIDTH, 1).expand(WIDTH, 17),
+        torch.zeros(1).expand(17),
+        torch.zeros(1 << 10).as_strided((1 << 9, 1 << 9), (1, 1)),
+        torch.zeros(3, 3, device="meta"),
+    ],
+)
+def test_tensors_that_are_less_than_they_tell(tmp_path: Path, tensor: torch.Tensor):
+    path = save_as_official(tmp_path / "a.pth", {**official_state(), "norm.weight": tensor})
+    error_line(
+        lambda: load(path), str(path), f"norm.weight has fewer numbers than its shape {tuple(tensor.shape)} tells"
+    )
+
+
 def test_native_configuration_that_does_not_fit(tmp_path: Path):
     model = AudioMAE(small_config())
     path = tmp_path / "a.pt"

@@ -220,6 +220,20 @@ def test_encoder_alone(tmp_path: Path):
     assert_same(target.state_dict(), model.encoder.state_dict())
 
 
+def test_channels_that_share_their_weights(tmp_path: Path):
+    state = official_encoder()
+    expected = state["patch_embed.proj.weight"].repeat(1, 3, 1, 1)
+    state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].expand(-1, 3, -1, -1)
+    config, loaded = load(path := save_as_official(tmp_path / "a.pth", state))
+    assert config.in_channels == 3
+    torch.testing.assert_close(loaded["encoder.patch_embed.proj.weight"], expected, rtol=0, atol=0)
+    save_weights(tmp_path / "a.safetensors", (config, loaded))
+    assert_same(load(tmp_path / "a.safetensors")[1], loaded)
+    target = small_encoder()
+    assert start_encoder(target, path) == ["patch weights of three channels summed into one"]
+    torch.testing.assert_close(target.patch_embed.proj.weight, expected.sum(1, keepdim=True), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("patch_size", "channels", "positions", "spec_size"),
     [

@@ -1,16 +1,22 @@
 """Batches that processes hand over in slots: the same as those of this process, and untouched while they are used."""
 
+import re
+import signal
 import time
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
-from audiomae.data import ClipBatches, ClipError, ClipLoader, Manifest, Replacing
+from audiomae.data import ClipBatches, ClipError, ClipLoader, Manifest, Replacing, handover
+from audiomae.data.handover import _Slots
 
 CLIPS, SAMPLES = 23, 50
 
@@ -74,8 +80,74 @@ def test_the_micro_batches_of_a_step_stay_while_further_ones_are_read(splits: in
 
 def test_a_slot_is_used_again_and_not_before() -> None:
     addresses = [batch.data.waveform.data_ptr() for batch in load(1, epochs=4)]
-    assert len(set(addresses)) == 4  # two on their way, one in use, one more
-    assert all(len(set(addresses[i : i + 4])) == 4 for i in range(len(addresses) - 3))
+    assert len(set(addresses)) == 5  # two on their way, two of an iteration that was left, one in use
+    assert all(len(set(addresses[i : i + 5])) == 5 for i in range(len(addresses) - 4))
+
+
+@pytest.mark.parametrize("splits", [2, 3])
+def test_micro_batches_stay_where_an_iteration_is_left_and_another_one_begun(splits: int) -> None:
+    batches = ClipBatches(CLIPS, 7, splits=splits)
+    loader = ClipLoader(Replacing(Visits(True)), SAMPLES, batches, workers=1)
+    step = list(islice(loader, splits))
+    whole = [batch.data.waveform.clone() for batch in step]
+    batches.set_epoch(1)
+    further = iter(loader)
+    for taken in range(1, splits):
+        next(further)
+        time.sleep(0.05)  # the process reads on
+        for batch, waveform in zip(step[taken:], whole[taken:], strict=True):
+            torch.testing.assert_close(batch.data.waveform, waveform, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (SAMPLES + 1,), (1, SAMPLES)])
+def test_a_waveform_of_another_shape_is_refused(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handover, "get_worker_info", lambda: SimpleNamespace(id=0))
+    monkeypatch.setattr(Visits, "__getitem__", lambda self, index: (torch.zeros(shape), torch.tensor(index)))
+    slots = _Slots(Replacing(Visits(False)), (1, 2, 7, SAMPLES))
+    error = f"clip 5 has a waveform of shape {shape}, expected (50,)"
+    with pytest.raises(ValueError, match=f"^{re.escape(error)}$"):
+        slots.__getitems__([(0, 5)])
+
+
+def test_a_batch_that_is_larger_than_its_slot_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handover, "get_worker_info", lambda: SimpleNamespace(id=0))
+    slots = _Slots(Replacing(Visits(True)), (1, 2, 7, SAMPLES))
+    slots.__getitems__([(0, clip) for clip in range(7)])
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        slots.__getitems__([(0, clip) for clip in range(8)])
+
+
+def handler(number: int, frame: object) -> None:
+    """A handler of SIGCHLD, as a program may have one."""
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process in which no loader had processes yet."""
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    signal.signal(signal.SIGCHLD, before)
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("before", [handler, signal.SIG_DFL, signal.SIG_IGN])
+def test_the_handler_of_dead_processes_stays_what_it_was(before: Any) -> None:
+    signal.signal(signal.SIGCHLD, before)
+    loader = ClipLoader(Replacing(Visits(True)), SAMPLES, ClipBatches(CLIPS, 7), workers=1)
+    for _ in range(2):
+        next(iter(loader))
+        assert signal.getsignal(signal.SIGCHLD) is before
+
+
+@pytest.mark.usefixtures("fresh")
+def test_the_handler_that_another_loader_left_is_taken_away() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    other = iter(DataLoader([0, 1], num_workers=1))
+    assert signal.getsignal(signal.SIGCHLD).__module__ == signal_handling.__name__
+    next(iter(ClipLoader(Replacing(Visits(True)), SAMPLES, ClipBatches(CLIPS, 7), workers=1)))
+    assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
+    assert list(other) == [0, 1]
 
 
 def test_without_fork_batches_travel_as_they_always_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
 import csv
+import errno
 import json
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ import soundfile as sf
 import torch
 
 from audiomae.data import read_manifest, read_waveform
+from audiomae.data.manifests import csv_records
 from audiomae.data.preparation import conversion
 
 from .preparing import make_sounds, noise, run_prepare, state
@@ -105,6 +107,60 @@ def test_labels_that_hold_commas(tmp_path, capsys):
     assert code == 2
     assert "clip 0 (" in err
     assert "is no text that UTF-8 can hold" in err
+
+
+def test_names_that_hold_ends_of_lines(tmp_path, capsys):
+    sounds = tmp_path / "sounds"
+    sounds.mkdir()
+    names = ["a\rb", "c\nd", "e\r\nf", "g,h", 'i"j', "\rk\r"]
+    for number, name in enumerate(names):
+        sf.write(sounds / f"{name}.wav", 1.5 * noise(number, 900), 16_000, subtype="FLOAT")
+        (sounds / f"{name}.flac").write_text("no sound")
+    clips = [{"wav": f"{name}.{end}", "labels": f"x{name}y"} for name in names for end in ("wav", "flac")]
+    (sounds / "list.json").write_text(json.dumps({"data": clips}))
+    code, _, _ = run_prepare(capsys, sounds / "list.json", tmp_path / "out")
+    assert code == 1
+    source, prepared = read_manifest(sounds / "list.json"), read_manifest(tmp_path / "out" / "manifest.csv")
+    assert len(prepared) == len(names)
+    for clip, name in enumerate(names):
+        assert prepared.path(clip) == str(tmp_path / "out" / f"{name}.flac")
+        assert prepared.labels(clip) == source.labels(2 * clip)
+    for table, column in (("failed", sounds), ("clipped", Path())):
+        records = [record for _, record in csv_records(tmp_path / "out" / f"{table}.csv", ("path",))]
+        assert [record["path"] for record in records] == [str(column / f"{name}.flac") for name in names]
+
+
+@pytest.mark.parametrize("number", [errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ])
+@pytest.mark.parametrize("call", ["stat", "mkdir", "unlink", "replace"])
+def test_a_name_that_a_file_system_cannot_hold_is_that_of_one_clip(tmp_path, capsys, monkeypatch, call, number):
+    sounds, out = make_sounds(tmp_path / "sounds"), tmp_path / "out"
+    (sounds / "bad").mkdir()
+    (sounds / "2.wav").rename(sounds / "bad" / "2.wav")
+    original = getattr(os, call)
+
+    def refusing(path, *args, **kwargs):
+        target = args[0] if call == "replace" else path
+        if str(target).startswith(str(out / "bad")):
+            raise OSError(number, os.strerror(number), str(target))
+        return original(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, call, refusing)
+    code, printed, err = run_prepare(capsys, sounds, out)
+    assert (code, err) == (1, "")
+    assert "written 5, there already 0, failed 1\n" in printed
+    place = out / "bad" / "2.flac"
+    assert f"  {sounds / 'bad' / '2.wav'}: cannot be written as {place} ({os.strerror(number)})\n" in printed
+    monkeypatch.undo()
+    assert "written 1, there already 5, failed 0\n" in run_prepare(capsys, sounds, out)[1]
+
+
+def test_a_path_that_is_too_long(sounds, tmp_path, capsys):
+    deep = "/".join(21 * ["d" * 200]) + "/a"  # of at most 4,095 bytes that the system takes
+    source = write_list(tmp_path / "list.csv", "path", f"{deep}.wav", "sounds/0.wav")
+    code, printed, err = run_prepare(capsys, source, tmp_path / "out")
+    assert (code, err) == (1, "")
+    assert "written 1, there already 0, failed 1\n" in printed
+    assert f": cannot be written as {tmp_path / 'out' / deep}.flac (File name too long)\n" in printed
 
 
 def test_parts_repeats_and_names_that_are_alike(tmp_path, capsys):

@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import multiprocessing
 import os
 import resource
@@ -127,6 +129,17 @@ def test_a_file_that_libsndfile_cannot_write(tmp_path, capsys, monkeypatch):
     err = (tmp_path / "err").read_text()
     assert f"error: {tmp_path / 'out'} cannot be written ([Errno 27] File too large): every file there is whole" in err
     assert state(tmp_path / "out") == {}
+
+
+def test_a_file_system_without_locks_is_told_of(sounds, tmp_path, capsys, monkeypatch):
+    def without(*args):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", without)
+    code, _, err = run_prepare(capsys, sounds, tmp_path / "out")
+    assert code == 0
+    told = f"the file system of {tmp_path / 'out'} has no locks: see to it that no other run writes there"
+    assert err == f"audiomae.data.prepare: {told}\n"
 
 
 def test_two_runs_at_once(sounds, tmp_path, capsys):

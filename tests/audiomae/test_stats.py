@@ -1,13 +1,16 @@
 import json
+import multiprocessing
 import os
 import re
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile as sf
 import torch
+from torch.utils.data._utils import signal_handling
 from torchaudio.compliance.kaldi import fbank
 
 from audiomae.data import read_manifest, read_waveform, stats
@@ -170,6 +173,36 @@ def test_a_crop_finds_what_is_wrong_with_it_alone(faulty, tmp_path, capsys):
     assert [(fault["clip"], fault["kind"]) for fault in found["faults"]] == [(1, "silent"), (2, "broken")]
 
 
+def test_a_silent_crop_leaves_a_clip_out_of_the_moments_alone(tmp_path, capsys):
+    sf.write(tmp_path / "a.wav", noise(0, 20_000), 16_000)
+    sf.write(tmp_path / "b.wav", np.append(np.zeros(1_600_000), noise(1, 1_600)), 16_000)  # silent but for its end
+    sf.write(tmp_path / "c.wav", np.zeros(1_600_000), 16_000)
+    (tmp_path / "a.csv").write_text("path\na.wav\n")
+    (tmp_path / "b.csv").write_text("path\na.wav\nb.wav\n")
+    flags = "--seconds", 1, "--workers", 0, "--out"
+    code, out, _ = run(capsys, tmp_path / "b.csv", *flags, tmp_path / "b.json")
+    assert code == 0
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert (found["clips"], found["fine"], found["silent"], found["silent_crop"]) == (2, 2, 0, 1)
+    assert found["hours"] == pytest.approx((20_000 + 1_601_600) / 16_000 / 3600)
+    assert (found["longest"], found["from"]["clips"]) == (100.1, 1)
+    assert found["sample_rates"] == {"16000": 2}
+    assert sum(bar["clips"] for bar in found["lengths"]) == 2
+    (fault,) = found["faults"]
+    assert (fault["clip"], fault["kind"]) == (1, "silent_crop")
+    assert re.fullmatch(r"silent from \d+\.\d\d s to \d+\.\d\d s", fault["reason"])
+    assert f"\nsilent crop: 1\n  {tmp_path / 'b.wav'}: silent from " in out
+    assert run(capsys, tmp_path / "a.csv", *flags, tmp_path / "a.json")[0] == 0
+    assert read_stats(tmp_path / "a.json") == read_stats(tmp_path / "b.json")
+
+    code, _, _ = run(capsys, tmp_path, *flags, tmp_path / "s.json")
+    assert code == 1
+    found = json.loads((tmp_path / "s.json").read_text())
+    kinds = [(fault["clip"], fault["kind"], fault["reason"]) for fault in found["faults"]]
+    assert kinds[1:] == [(2, "silent", "silent")]  # all of it
+    assert (found["fine"], found["silent"], found["silent_crop"]) == (2, 1, 1)
+
+
 def test_a_sample_of_the_clips(tmp_path, capsys):
     def sample(name: str, *flags: object) -> dict:
         code, _, _ = run(capsys, "--seconds", 0.5, "--workers", 0, "--out", tmp_path / name, *flags)
@@ -317,6 +350,21 @@ def test_mapping_keeps_the_order(workers):
     done = list(map_clips(_double, 11, what="clips", chunk=3, workers=workers))
     assert done == [[0, 2, 4], [6, 8, 10], [12, 14, 16], [18, 20]]
     assert torch.get_num_threads() == threads
+
+
+def test_a_process_that_is_killed_while_nobody_waits_for_it(monkeypatch):
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)  # as if no loader had had processes yet
+    before = set(multiprocessing.active_children())
+    done = map_clips(_double, 1_000, what="clips", chunk=1, workers=2)
+    next(done)
+    time.sleep(0.2)  # both have done what they were asked for
+    process = (set(multiprocessing.active_children()) - before).pop()
+    os.kill(process.pid, signal.SIGKILL)
+    time.sleep(0.3)  # PyTorch's handler would raise here
+    begin = time.monotonic()
+    with pytest.raises(WorkerError, match=rf"^process {process.pid} exited unexpectedly; a process that needs"):
+        list(done)
+    assert time.monotonic() - begin < 4  # before the loader would see it
 
 
 def test_a_process_that_is_killed():

@@ -6,6 +6,7 @@ import soundfile as sf
 import torch
 
 from audiomae.data import ClipError, read_waveform
+from audiomae.data.sound_files import SilentClipError
 from audiomae.data.streams import open_stream
 
 # Container, sample format, sample rate and channels.
@@ -48,8 +49,19 @@ def test_blocks_of_a_file_that_cannot_be_sought_in(tmp_path, monkeypatch):
     sf.write(path, noise(30_000, 2), 22_050)
     whole = read_waveform(path, 16_000)
     monkeypatch.setattr(sf.SoundFile, "seekable", lambda self: False)
-    with open_stream(path, 16_000, (0.1, None)) as stream:
-        torch.testing.assert_close(torch.cat(list(stream.blocks(5_003))), whole[1_600:], rtol=0, atol=0)
+    read, decoded = sf.SoundFile.read, []
+
+    def counting(self, *args, **kwargs):
+        samples = read(self, *args, **kwargs)
+        decoded.append(len(samples))
+        return samples
+
+    monkeypatch.setattr(sf.SoundFile, "read", counting)
+    for start in (0, 1_600):
+        decoded.clear()
+        with open_stream(path, 16_000, (start / 16_000, None)) as stream:
+            torch.testing.assert_close(torch.cat(list(stream.blocks(5_003))), whole[start:], rtol=0, atol=0)
+        assert sum(decoded) == 30_000  # each sample once
 
 
 def _with_nan(sound: np.ndarray) -> np.ndarray:
@@ -81,6 +93,20 @@ def test_files_that_are_cut_off(tmp_path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
     with open_stream(str(path), 16_000) as stream, pytest.raises(ClipError, match=r"a\.mp3: cut off, its header tells"):
         list(stream.blocks(10_000))
+
+
+@pytest.mark.parametrize("sound_at", [None, 0, 22_222, 49_999])
+def test_finding_sound(tmp_path, sound_at):
+    levels = np.zeros(50_000)
+    if sound_at is not None:
+        levels[sound_at] = 0.5
+    sf.write(tmp_path / "a.wav", levels, 16_000)
+    with open_stream(str(tmp_path / "a.wav"), 16_000) as stream:
+        if sound_at is None:
+            with pytest.raises(SilentClipError, match=r"a\.wav: silent$"):
+                stream.find_sound(10_000)
+        else:
+            stream.find_sound(10_000)
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,9 @@ from audiomae.data.streams import open_stream
 
 _BLOCK = 1 << 18  # samples
 _MAX_WAV_BYTES = 2**32 - 4096  # its header counts bytes in 32 bits
-_MAX_PATH = 4095  # bytes
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+# What file systems say of names that they cannot hold: too long a one, or characters that others take.
+_NO_NAME = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
 
 
 class Outcome(NamedTuple):
@@ -87,9 +88,9 @@ class Converter:
         path, place = self.manifest.path(clip), self.places[clip]
         source = stable_hash(self.places.source(clip)) >> 1  # a signed number
         target = self.out / place
-        if len(os.fsencode(target)) > _MAX_PATH:
-            raise ClipError(f"{path}: no file system takes the path that it would have in {self.out}")
-        size, known = _size(target), self.journal.find(place)
+        with _name_errors(path, target):
+            size = _size(target)
+        known = self.journal.find(place)
         if known is not None and (known.source, known.bytes) != (source, size):
             known = None
         try:
@@ -104,11 +105,13 @@ class Converter:
         try:
             frames, clipped = self._write(path, self.manifest.segment(clip), temporary)
             entry = Entry(source, found.st_size, found.st_mtime_ns, _flushed_size(temporary), frames, clipped)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            # Wherever this stops, a file of the size that the journal tells of is the one that it tells of.
-            target.unlink(missing_ok=True)
+            with _name_errors(path, target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                # Wherever this stops, a file of the size that the journal tells of is the one that it tells of.
+                target.unlink(missing_ok=True)
             self.journal.add(place, entry)
-            os.replace(temporary, target)
+            with _name_errors(path, target):
+                os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
             temporary.with_suffix(".probe").unlink(missing_ok=True)
@@ -139,6 +142,17 @@ class Converter:
                 "room and run the same command again, which goes on"
             )
         return f"{self.out} cannot be written ({error}): every file there is whole, and the same command goes on"
+
+
+@contextmanager
+def _name_errors(path: str, target: Path) -> Iterator[None]:
+    """Make an error that the name of a clip's new file brings about one of that clip: others may be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_NAME:
+            raise
+        raise ClipError(f"{path}: cannot be written as {target} ({error.strerror})") from error
 
 
 @contextmanager

@@ -29,6 +29,7 @@ class PreparedFolder:
     Attributes:
         journal: What earlier runs wrote.
         temporary: Sub-folder of the files that are being written.
+        notes: Lines that tell what was found on entering.
 
     Raises:
         ValueError: On entering, where the folder holds other things, or was made with other settings.
@@ -40,6 +41,7 @@ class PreparedFolder:
     def __init__(self, path: Path, settings: dict[str, Any]):
         self.path, self._settings = path, settings
         self.temporary = path / INSIDE / "writing"
+        self.notes: list[str] = []
         self._lock: TextIO | None = None
 
     def __enter__(self) -> Self:
@@ -70,6 +72,7 @@ class PreparedFolder:
             if error.errno not in _NO_LOCKS:
                 file.close()
                 raise OSError(f"another process prepares clips in {self.path}: wait for it to end") from error
+            self.notes = [f"the file system of {self.path} has no locks: see to it that no other run writes there"]
         return file
 
     def _agree(self) -> None:
