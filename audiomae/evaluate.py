@@ -148,7 +148,7 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> Evaluation:
     precision = autocast_dtype(config.precision, ranks.device)
     scores, targets, unread = score_clips(model, front_end, loader, ranks, precision)
     split = "the manifest" if config.dataset == "manifest" else config.split
-    for line in tell_unread(unread, manifest, config.max_skipped, split):
+    for line in tell_unread(unread, manifest, config.max_skipped, split, config.output_dir):
         if ranks.main:
             print(line, file=sys.stderr)
     return evaluate_scores(scores, targets, labels.names, multi_label=model.config.multi_label)

@@ -53,6 +53,7 @@ from audiomae.training.loop import autocast_dtype
 from audiomae.training.optimizer import build_layer_decayed_adamw
 from audiomae.training.parallel import distribute
 from audiomae.training.progress import Progress
+from audiomae.training.rollcall import WAITING_FOR_RANKS
 from audiomae.training.signals import Stopped
 from audiomae.training.state import LAST, Resumed, find_checkpoints, resume, resume_optimizer
 from audiomae.training.supervisor import Supervisor
@@ -305,17 +306,20 @@ def evaluate(run: Run, split: str, log: RunLog | NullLog, supervisor: Supervisor
         TooManySkippedError: More of its clips than may be left out cannot be read.
     """
     trainer = run.trainer
+    evaluating = partial(supervisor.mark, trainer.progress.step, f"evaluating on {split}")
+    evaluating()
     scores, targets, unread = score_clips(
         trainer.model,
         trainer.front_end,
         run.splits[split],
         trainer.ranks,
         trainer.precision,
-        on_batch=partial(supervisor.mark, trainer.progress.step, f"evaluating on {split}"),
+        on_batch=evaluating,
+        on_wait=partial(supervisor.mark, trainer.progress.step, WAITING_FOR_RANKS),
     )
     manifest = {"valid": run.task.valid, "test": run.task.test}[split]
     assert manifest is not None
-    for line in tell_unread(unread, manifest, trainer.config.max_skipped, split):
+    for line in tell_unread(unread, manifest, trainer.config.max_skipped, split, trainer.config.output_dir / split):
         log.message(line)
     return evaluate_scores(scores, targets, run.task.labels.names, multi_label=trainer.config.multi_label)
 

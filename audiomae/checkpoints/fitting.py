@@ -56,7 +56,7 @@ def check_model(make: Callable[[], nn.Module], config: EncoderConfig, state: Map
         with torch.device("meta"):
             expected = {name: tuple(tensor.shape) for name, tensor in make().state_dict().items()}
     except (RuntimeError, TypeError, OverflowError) as error:  # PyTorch's own, of sizes that no tensor has
-        raise CheckpointError(f"its configuration makes no model: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"makes no model: {str(error).splitlines()[0]}") from error
     check_tensors(expected, state)
 
 

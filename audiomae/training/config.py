@@ -98,7 +98,8 @@ class RunConfig:
     """Epochs between checkpoints that are kept; 0 keeps the last one alone."""
 
     max_skipped: float = 0.01
-    """Share of an epoch's clips that may be skipped because they cannot be read; more of them end the run."""
+    """Share of an epoch's clips, and of those of a split that is evaluated, that may be skipped because they cannot be
+    read; more of them end the run."""
     skip_nonfinite: int = 0
     """Steps of the run that may be left out because their loss or gradient is not finite; one more ends it."""
     hang_timeout: float = 1800.0

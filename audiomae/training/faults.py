@@ -1,12 +1,15 @@
 """What goes wrong in a run and does not end it: clips that cannot be read, and steps that are not finite."""
 
+import csv
 from collections.abc import Mapping, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
+from audiomae.atomic import replacing
 from audiomae.data import Batch, Manifest
 from audiomae.training.config import RunConfig
-from audiomae.training.distributed import Ranks
+from audiomae.training.distributed import Ranks, is_main_process
 from audiomae.training.logging import NullLog, RunLog
 from audiomae.training.progress import Progress
 from audiomae.training.supervisor import NullSupervisor, Supervisor
@@ -22,7 +25,7 @@ class TooManySkippedError(RuntimeError):
     """More clips than allowed cannot be read."""
 
 
-def tell_unread(unread: Mapping[int, str], manifest: Manifest, limit: float, split: str) -> list[str]:
+def tell_unread(unread: Mapping[int, str], manifest: Manifest, limit: float, split: str, folder: Path) -> list[str]:
     """Tell which clips of a split that was evaluated cannot be read; nothing where all can.
 
     Args:
@@ -30,14 +33,24 @@ def tell_unread(unread: Mapping[int, str], manifest: Manifest, limit: float, spl
         manifest: All clips.
         limit: Share of them that may be left out.
         split: Its name.
+        folder: Where the main rank names all of them in a ``skipped.csv``.
 
     Raises:
         TooManySkippedError: They are more than that.
     """
+    name, columns = SKIPPED
+    if is_main_process():
+        (folder / name).unlink(missing_ok=True)
     if not unread:
         return []
+    if is_main_process():
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / name) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            rows.writerow(columns[1:])
+            rows.writerows((clip, manifest.path(clip), reason) for clip, reason in unread.items())
     named = [f"{manifest.path(clip)}: {reason}" for clip, reason in list(unread.items())[:NAMES]]
-    more = f"; and {len(unread) - NAMES} more" if len(unread) > NAMES else ""
+    more = f"; and {len(unread) - NAMES} more, which {folder / name} names" if len(unread) > NAMES else ""
     what = f"{len(unread)} of the {len(manifest)} clips of {split} cannot be read"
     if len(unread) > limit * len(manifest):
         raise TooManySkippedError(f"{what}, more than the {limit:.2%} of max_skipped: {'; '.join(named)}{more}")

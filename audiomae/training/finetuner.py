@@ -127,6 +127,7 @@ def score_clips(
     ranks: Ranks,
     precision: torch.dtype = torch.float32,
     on_batch: Callable[[], None] = lambda: None,
+    on_wait: Callable[[], None] = lambda: None,
 ) -> ClipScores:
     """Score every clip of a split once, over all ranks.
 
@@ -139,33 +140,38 @@ def score_clips(
         ranks: This process among the others.
         precision: Of autocast; float32 is none.
         on_batch: Called after each batch.
+        on_wait: Called before ranks wait for each other.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    clips, scores, targets, unread = [], [], [], {}
+    clips, owns, scores, targets, unread = [], [], [], [], {}
     try:
         for batch, unread_here in loader:
             spec = prepare(batch, front_end, ranks)
             with torch.autocast(ranks.device.type, precision, enabled=precision != torch.float32):
                 logits = model(spec)
             visit, clip = batch.pair.T
-            own = visit >= 0  # copies, too: views would keep the shared memory of their worker open
-            clips.append(clip[own])
-            scores.append(model.scores(logits)[ranks.send(own)])
-            targets.append(batch.target[own].bool())
+            owns.append(visit >= 0)
+            clips.append(clip.clone())  # a view would keep the shared memory of its worker open
+            scores.append(model.scores(logits))
+            targets.append(batch.target.bool())
             unread.update(unread_here)
             on_batch()
     finally:
         for module, training in modes:
             module.training = training
     classes = model.config.num_classes
+    own = torch.cat(owns).numpy() if owns else np.zeros(0, dtype=bool)
     share = (
-        torch.cat(clips).numpy() if clips else np.zeros(0, dtype=np.int64),
-        torch.cat(scores).cpu().numpy() if scores else np.zeros((0, classes), dtype=np.float32),
-        torch.cat(targets).numpy() if targets else np.zeros((0, classes), dtype=bool),
+        torch.cat(clips).numpy()[own] if clips else np.zeros(0, dtype=np.int64),
+        torch.cat(scores).cpu().numpy()[own] if scores else np.zeros((0, classes), dtype=np.float32),
+        torch.cat(targets).numpy()[own] if targets else np.zeros((0, classes), dtype=bool),
     )
+    on_wait()
     *shares, all_unread = zip(*ranks.gather((*share, unread)), strict=True)
     all_clips, all_scores, all_targets = map(np.concatenate, shares)
     order = np.argsort(all_clips)
-    merged = dict(sorted(item for of_rank in all_unread for item in of_rank.items()))
+    # A clip that was drawn as a replacement and failed there alone has its scores.
+    scored = set(all_clips.tolist())
+    merged = dict(sorted(item for of_rank in all_unread for item in of_rank.items() if item[0] not in scored))
     return ClipScores(all_scores[order], all_targets[order], merged)

@@ -15,6 +15,8 @@ from typing import Any, Self, TextIO
 from audiomae.atomic import remove_leftovers
 
 LOCK = ".lock"
+PARTS = ("pictures", "valid", "test")
+"""Folders within it that are the run's own."""
 LEASE = 120.0
 """Seconds that the lock of a machine that died may outlive it on a file server, NFS's 90 among them."""
 # What file systems without locks say.
@@ -73,9 +75,7 @@ class RunFolder:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         file.write(json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": now}) + "\n")
         file.flush()
-        # Pictures and reports are in folders of their own; what has a lock is another run.
-        parts = [path for path in self.path.iterdir() if path.is_dir() and not (path / LOCK).exists()]
-        if removed := remove_leftovers(self.path, *parts):
+        if removed := remove_leftovers(self.path, *(self.path / part for part in PARTS)):
             names = ", ".join(str(path.relative_to(self.path)) for path in removed)
             self.notes = [f"removed what a killed run left half written: {names}"]
 

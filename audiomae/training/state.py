@@ -231,7 +231,7 @@ def resume(
             "bf16, on a GPU" if on_gpu else "fp32, on a CPU"
             for on_gpu in (state.launch.get("cuda") is not None, next(model.parameters()).is_cuda)
         )
-        if config.precision == "auto" and was != now:
+        if config.precision == state.settings.get("precision") == "auto" and was != now:
             notes.append(f"changed since the checkpoint: precision was {was}, is {now}")
         notes += [f"changed since the checkpoint: {line}" for line in changed.values()]
         if state.clips != manifest.fingerprint():

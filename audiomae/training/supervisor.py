@@ -81,7 +81,9 @@ class Supervisor:
         """Lock the folder, which must be as it was when this run looked for what to go on from."""
         folder.lock()
         self.notes = folder.notes
-        if stamp(find_checkpoints(self._config)) != ([] if self._resumed is None else self._resumed.found):
+        found = [] if self._resumed is None else self._resumed.found
+        own = [entry for entry in found if entry[0].parent == self.folder]
+        if stamp([path for path in find_checkpoints(self._config) if path.parent == self.folder]) != own:
             raise FileExistsError(f"another run saved to {self.folder} while this one began: start this one again")
         if self._resumed is not None:
             self.notes += set_aside(self._resumed.broken, self.folder)

@@ -20,7 +20,7 @@ COMBINATIONS = tuple(
 """Ranks, reading workers of each, and micro-batches, such that any two values of two of them meet."""
 
 ELASTIC_EPOCHS = 45
-TORCHRUN = ("--nnodes=1:3", "--max-restarts=3", "--monitor-interval=0.5", "--rdzv-backend=c10d")
+TORCHRUN = ("--max-restarts=3", "--monitor-interval=0.5", "--rdzv-backend=c10d")
 OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 """The ranks meet by a store of their own. PyTorch keeps the one that torchruns share over restarts: whoever joins later
 waits in vain for its address, and when the torchrun with rank 0 is lost, so is the store."""
@@ -133,14 +133,17 @@ class Agents:
         lab: Where they run.
         output: Folder of the run.
         flags: Its settings.
+        nodes: How many of them there must be and may be.
     """
 
-    def __init__(self, lab: Lab, output: Path, flags: tuple[str, ...]):
+    def __init__(self, lab: Lab, output: Path, flags: tuple[str, ...], nodes: str = "1:3"):
         self._lab, self._output, self._flags = lab, output, flags
         with socket.socket() as free:
             free.bind(("localhost", 0))
             self._options = (
                 *TORCHRUN,
+                "--nnodes",
+                nodes,
                 "--rdzv-endpoint",
                 f"localhost:{free.getsockname()[1]}",
                 "--rdzv-id",

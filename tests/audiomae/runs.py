@@ -58,7 +58,11 @@ def two_machines(first: Sequence[str], second: Sequence[str]) -> list[subprocess
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     processes = [start(rank, flags) for rank, flags in enumerate((first, second))]
-    said = [process.communicate(timeout=120) for process in processes]
+    try:
+        said = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     return [
         subprocess.CompletedProcess(process.args, process.returncode, *output)
         for process, output in zip(processes, said, strict=True)

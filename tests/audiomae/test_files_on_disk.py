@@ -129,7 +129,6 @@ def test_pictures_that_were_left_half_written_are_removed_and_other_runs_left_al
     for folder in ("pictures", "other-run"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.png.12.tmp").write_text("")
-    (tmp_path / "other-run" / ".lock").write_text("")
     with RunFolder(tmp_path) as folder:
         folder.lock()
     assert folder.notes == ["removed what a killed run left half written: pictures/a.png.12.tmp"]
@@ -162,20 +161,21 @@ time.sleep(float(sys.argv[2]))
 def test_the_lock_of_another_machine_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def hold(seconds: float) -> subprocess.Popen:
-        command = [sys.executable, "-c", HOLD, str(tmp_path), str(seconds), "node7"]
+    def hold() -> subprocess.Popen:
+        command = [sys.executable, "-c", HOLD, str(tmp_path), "600", "node7"]
         holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert holder.stdout is not None
         assert holder.stdout.readline() == "locked\n"
         return holder
 
-    with hold(1.5), RunFolder(tmp_path) as folder:
+    with hold() as holder, RunFolder(tmp_path) as folder, monkeypatch.context() as patched:
+        patched.setattr(time, "sleep", lambda seconds: holder.kill())
         folder.lock()
-    told = f"{tmp_path} is in use by process \\d+ on node7 since .*: waiting 120 s for it\n"
+    told = re.escape(str(tmp_path)) + r" is in use by process \d+ on node7 since .*: waiting 120 s for it\n"
     assert re.fullmatch(told, capsys.readouterr().err)
 
     monkeypatch.setattr("audiomae.training.folder.LEASE", 0.5)
-    with hold(60) as holder:
+    with hold() as holder:
         with pytest.raises(FolderInUseError, match="on node7 since"), RunFolder(tmp_path) as folder:
             folder.lock()
         holder.kill()

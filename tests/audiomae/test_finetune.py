@@ -307,6 +307,8 @@ def test_clips_that_cannot_be_read_are_left_out_of_an_evaluation_and_told(
     assert f"{paths[2]}: No such file or directory; " in printed
     assert f"{paths[5]}: cannot be read as audio" in printed
     assert json.loads((tmp_path / "all" / "evaluation.json").read_text())["summary"]["clips"] == 10
+    with (tmp_path / "all" / "skipped.csv").open(newline="") as file:
+        assert [row["clip"] for row in csv.DictReader(file)] == ["2", "5"]
 
     # As without them: what replaces them counts for nothing.
     with (tmp_path / "clips" / "test.csv").open(newline="") as file:
