@@ -230,10 +230,15 @@ def run_pretraining(arguments: Sequence[str] | None) -> int:
     """
     config = parse_arguments(arguments)
     with join_ranks(config.device, patience=config.rank_patience) as ranks:
-        run = agree(ranks, partial(build, config, ranks))
-        agree_on_step(ranks, run.trainer.progress.step)
-        with Supervisor(config, ranks, run.resumed) as supervisor:
-            return carry_out(PROG, ranks, supervisor, partial(record, config, ranks, run, supervisor))
+        return run_joined(config, ranks)
+
+
+def run_joined(config: PretrainConfig, ranks: Ranks) -> int:
+    """Pre-train on all ranks, and return the exit status."""
+    run = agree(ranks, partial(build, config, ranks))
+    agree_on_step(ranks, run.trainer.progress.step)
+    with Supervisor(config, ranks, run.resumed) as supervisor:
+        return carry_out(PROG, ranks, supervisor, partial(record, config, ranks, run, supervisor))
 
 
 def record(config: PretrainConfig, ranks: Ranks, run: Run, supervisor: Supervisor) -> None:

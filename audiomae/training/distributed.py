@@ -1,5 +1,6 @@
 """The processes of a run: who they are, where they compute, and how they agree."""
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -113,4 +114,6 @@ def join_ranks(device: str, patience: float = 1800.0) -> Iterator[Ranks]:
         )
     yield Ranks(rank, world_size, local_world_size, chosen)
     if world_size > 1:  # not after an error: the others may wait in a collective, and this would wait for them
+        # As long as a model has the group, gloo's threads go on, and may abort the process while it exits.
+        gc.collect()
         dist.destroy_process_group()

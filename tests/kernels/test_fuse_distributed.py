@@ -1,5 +1,6 @@
 """Fused models under DDP and FSDP2, on two processes: the same loss and gradients as the unfused model on one."""
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,18 +49,21 @@ def whole(gradient: Any) -> Tensor:
 def work(rank: int, wrap: str, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    try:
-        model = build()
-        assert len(fuse(model, impl="torch").replaced) >= 2
-        wrapped = WRAPS[wrap](model)
-        loss = wrapped(batch().chunk(RANKS)[rank]).square().mean()
-        loss.backward()
-        gradients = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
-        left = unfuse(model).left
-        if rank == 0:
-            torch.save({"gradients": gradients, "left": len(left)}, f"{folder}/found.pt")
-    finally:
-        dist.destroy_process_group()
+    found = compute(rank, wrap)
+    gc.collect()  # as long as a model has the group, gloo's threads go on, and may abort the process while it exits
+    dist.destroy_process_group()
+    if rank == 0:
+        torch.save(found, f"{folder}/found.pt")
+
+
+def compute(rank: int, wrap: str) -> dict[str, Any]:
+    model = build()
+    assert len(fuse(model, impl="torch").replaced) >= 2
+    wrapped = WRAPS[wrap](model)
+    loss = wrapped(batch().chunk(RANKS)[rank]).square().mean()
+    loss.backward()
+    gradients = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
+    return {"gradients": gradients, "left": len(unfuse(model).left)}
 
 
 @pytest.mark.parametrize("wrap", WRAPS)
