@@ -233,7 +233,10 @@ def _infer_classifier(path_or_hub_id: str | Path, checkpoint: Checkpoint) -> Aud
                 f"{path_or_hub_id} has no {name}, expected a classifier on the mean of the patch tokens: fc_norm, head"
             )
     settings = checkpoint.config.encoder_settings()
-    return AudioClassifierConfig(**settings, num_classes=len(checkpoint.head["head.weight"]))
+    try:
+        return AudioClassifierConfig(**settings, num_classes=len(checkpoint.head["head.weight"]))
+    except (ValueError, TypeError) as error:  # as of a head of no class, or of no dimension
+        raise CheckpointError(f"{path_or_hub_id}: {error}") from error
 
 
 def _encoder_state(checkpoint: Checkpoint) -> dict[str, Tensor]:

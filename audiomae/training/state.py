@@ -305,6 +305,8 @@ def _check_moments(moments: dict[str, Tensor], parameter: Tensor) -> None:
     check_kinds(moments)
     shape = tuple(parameter.shape)
     check_tensors({"step": (), "exp_avg": shape, "exp_avg_sq": shape}, moments)
+    if not moments["step"] >= 0:
+        raise CheckpointError(f"its optimiser has taken {moments['step'].item()} steps, expected at least 0")
 
 
 def set_aside(broken: list[Path], folder: Path) -> list[str]:

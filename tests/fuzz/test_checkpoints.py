@@ -186,11 +186,13 @@ PICKLE_EXAMPLES = [
     *(Pickled("classifier", planted=((name, integer(10**9)),)) for name in ("depth", "num_classes", "sample_rate")),
     *(Pickled("native", planted=(("mean", value),)) for value in (real(float("nan")), tuple_of(), laughs(40))),
     Pickled("native", planted=(("config", nested(30_000)),)),
+    Pickled("timm", "zip", planted=((236, b"ctorch\nTensor\n(J\x00\x00\x00\x00tR"),)),
 ]
 REVERSED = list_of(*map(integer, reversed(range(len([*make_model().parameters()])))))
 STATE_EXAMPLES = [
     Pickled("run", "checksum", planted=(("params", REVERSED),)),
     *(Pickled("run", "checksum", odd=((-5, form),)) for form in sorted(ODD)),
+    Pickled("run", "checksum", ((166, "negative"),)),
     *(Pickled("run", "checksum", planted=((name, HARMFUL[0]),)) for name in ("betas", "seed", "step", "exp_avg")),
     *(
         Pickled("run", "checksum", planted=((name, laughs(40)),))
