@@ -1,7 +1,5 @@
 """The output folder of a run: one run at a time, and nothing left of those that were killed."""
 
-import errno
-import fcntl
 import json
 import os
 import socket
@@ -13,14 +11,13 @@ from pathlib import Path
 from typing import Any, Self, TextIO
 
 from audiomae.atomic import remove_leftovers
+from audiomae.locks import NoLocksError, try_lock
 
 LOCK = ".lock"
 PARTS = ("pictures", "valid", "test")
 """Folders within it that are the run's own."""
 LEASE = 120.0
 """Seconds that the lock of a machine that died may outlive it on a file server, NFS's 90 among them."""
-# What file systems without locks say.
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class FolderInUseError(OSError):
@@ -64,12 +61,13 @@ class RunFolder:
         file = (self.path / LOCK).open("a+", encoding="utf-8")
         try:
             self._wait_for(file)
-        except OSError as error:
+        except NoLocksError as error:
             file.close()
-            if error.errno not in _NO_LOCKS:
-                raise
-            self.notes = [f"the file system of {self.path} has no locks: see to it that no other run writes there"]
+            self.notes = [str(error)]
             return
+        except OSError:
+            file.close()
+            raise
         self._file = file
         file.truncate(0)
         now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -82,22 +80,16 @@ class RunFolder:
     def _wait_for(self, file: TextIO) -> None:
         """Lock a file, at once, or where another machine has it, by the time that it would have lost it if it died."""
         deadline: float | None = None
-        while True:
-            try:
-                return fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EAGAIN):
-                    raise
-                holder = _read_holder(file)
-                elsewhere = holder.get("host") not in (None, socket.gethostname())
-                if not elsewhere or (deadline is not None and time.monotonic() > deadline):
-                    raise FolderInUseError(
-                        f"{self.path} is in use{_describe(holder)}: wait for it to end, or choose another --output-dir"
-                    ) from error
-                if deadline is None:
-                    deadline = time.monotonic() + LEASE
-                    print(f"{self.path} is in use{_describe(holder)}: waiting {LEASE:.0f} s for it", file=sys.stderr)
-                time.sleep(1)
+        while not try_lock(file, self.path):
+            holder = _read_holder(file)
+            used = f"{self.path} is in use{_describe(holder)}"
+            elsewhere = holder.get("host") not in (None, socket.gethostname())
+            if not elsewhere or (deadline is not None and time.monotonic() > deadline):
+                raise FolderInUseError(f"{used}: wait for it to end, or choose another --output-dir")
+            if deadline is None:
+                deadline = time.monotonic() + LEASE
+                print(f"{used}: waiting {LEASE:.0f} s for it", file=sys.stderr)
+            time.sleep(1)
 
 
 def _read_holder(file: TextIO) -> dict[str, Any]:

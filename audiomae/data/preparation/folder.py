@@ -1,22 +1,20 @@
 """The folder that clips are converted into: whose it is, one process at a time, and what earlier ones left."""
 
-import errno
-import fcntl
 import json
 import os
 import reprlib
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self, TextIO
 
 from audiomae.atomic import remove_leftovers, replacing
 from audiomae.data.preparation.journal import Journal
+from audiomae.locks import NoLocksError, try_lock
 
 INSIDE = ".prepare"
 """Sub-folder of the journal, the lock, and the files that are being written."""
 SETTINGS = "prepare.json"
-# What file systems without locks say.
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class PreparedFolder:
@@ -64,15 +62,15 @@ class PreparedFolder:
             self._lock.close()
 
     def _take_lock(self) -> TextIO:
-        """Lock the folder for this process alone: those that work for it do not inherit the lock, the dead lose it."""
-        file = (self.path / INSIDE / "lock").open("a", encoding="utf-8")
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                file.close()
-                raise OSError(f"another process prepares clips in {self.path}: wait for it to end") from error
-            self.notes = [f"the file system of {self.path} has no locks: see to it that no other run writes there"]
+        """Lock the folder for this process alone."""
+        with ExitStack() as on_error:
+            file = on_error.enter_context((self.path / INSIDE / "lock").open("a", encoding="utf-8"))
+            try:
+                if not try_lock(file, self.path):
+                    raise OSError(f"another process prepares clips in {self.path}: wait for it to end")
+            except NoLocksError as error:
+                self.notes = [str(error)]
+            on_error.pop_all()
         return file
 
     def _agree(self) -> None:
