@@ -27,11 +27,11 @@ from audiomae.data.sampling import EvaluationBatches
 from audiomae.data.sets import read_labelled, read_task
 from audiomae.metrics import Evaluation, evaluate_scores, print_table, write_report
 from audiomae.training.command import agree, make_loader, run_command, share_processors
+from audiomae.training.config import autocast_dtype
 from audiomae.training.distributed import Ranks, is_main_process, join_ranks
 from audiomae.training.ending import end_rank, error_line
-from audiomae.training.faults import TooManySkippedError, tell_unread
+from audiomae.training.faults import TooManySkippedError, report_unread
 from audiomae.training.finetuner import score_clips
-from audiomae.training.loop import autocast_dtype
 
 PROG = "audiomae.evaluate"
 
@@ -148,7 +148,7 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> Evaluation:
     precision = autocast_dtype(config.precision, ranks.device)
     scores, targets, unread = score_clips(model, front_end, loader, ranks, precision)
     split = "the manifest" if config.dataset == "manifest" else config.split
-    for line in tell_unread(unread, manifest, config.max_skipped, split, config.output_dir):
+    for line in report_unread(unread, manifest, config.max_skipped, split, config.output_dir):
         if ranks.main:
             print(line, file=sys.stderr)
     return evaluate_scores(scores, targets, labels.names, multi_label=model.config.multi_label)

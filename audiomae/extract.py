@@ -34,8 +34,8 @@ from audiomae.checkpoints import load_encoder
 from audiomae.data.windowed import ClipWindows, HeardClip, UnreadableClip, hear_clips, list_clips
 from audiomae.embedding import WindowEmbedder
 from audiomae.training.command import run_on_files, share_processors
+from audiomae.training.config import autocast_dtype
 from audiomae.training.distributed import Ranks
-from audiomae.training.loop import autocast_dtype
 
 PROG = "audiomae.extract"
 ROW_GROUP = 64 << 20

@@ -43,13 +43,12 @@ from audiomae.training.command import (
     run_command,
     share_processors,
 )
-from audiomae.training.config import FinetuneConfig, SetupError
+from audiomae.training.config import FinetuneConfig, SetupError, autocast_dtype
 from audiomae.training.distributed import Ranks, join_ranks
 from audiomae.training.ending import carry_out
-from audiomae.training.faults import tell_unread
+from audiomae.training.faults import report_unread
 from audiomae.training.finetuner import Finetuner, draw_mask, score_clips
 from audiomae.training.logging import NullLog, RunLog
-from audiomae.training.loop import autocast_dtype
 from audiomae.training.optimizer import build_layer_decayed_adamw
 from audiomae.training.parallel import distribute
 from audiomae.training.progress import Progress
@@ -319,7 +318,7 @@ def evaluate(run: Run, split: str, log: RunLog | NullLog, supervisor: Supervisor
     )
     manifest = {"valid": run.task.valid, "test": run.task.test}[split]
     assert manifest is not None
-    for line in tell_unread(unread, manifest, trainer.config.max_skipped, split, trainer.config.output_dir / split):
+    for line in report_unread(unread, manifest, trainer.config.max_skipped, split, trainer.config.output_dir / split):
         log.message(line)
     return evaluate_scores(scores, targets, run.task.labels.names, multi_label=trainer.config.multi_label)
 

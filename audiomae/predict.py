@@ -30,8 +30,8 @@ from audiomae.data.labels import read_labels
 from audiomae.data.windowed import ClipWindows, HeardClip, UnreadableClip, hear_clips, list_clips
 from audiomae.frontend import LogMel
 from audiomae.training.command import run_on_files, share_processors
+from audiomae.training.config import autocast_dtype
 from audiomae.training.distributed import Ranks
-from audiomae.training.loop import autocast_dtype
 from audiomae.windows import Windows
 
 PROG = "audiomae.predict"

@@ -30,11 +30,10 @@ from audiomae.training.command import (
     run_command,
     share_processors,
 )
-from audiomae.training.config import PretrainConfig
+from audiomae.training.config import PretrainConfig, autocast_dtype
 from audiomae.training.distributed import Ranks, join_ranks
 from audiomae.training.ending import carry_out
 from audiomae.training.logging import NullLog, RunLog
-from audiomae.training.loop import autocast_dtype
 from audiomae.training.optimizer import build_adamw
 from audiomae.training.parallel import distribute
 from audiomae.training.pictures import reconstruction_examples

@@ -13,8 +13,8 @@ import torch
 
 from audiomae.recipes import demo
 from audiomae.training.command import share_processors
+from audiomae.training.config import autocast_dtype
 from audiomae.training.distributed import join_ranks
-from audiomae.training.loop import autocast_dtype
 from bench.compare import Plan
 from bench.precision import name_of
 from bench.provenance import provenance

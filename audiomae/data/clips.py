@@ -172,7 +172,7 @@ class ClipDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
             gain = draw.beta(10, 10) + 0.5
         else:
             gain = 10 ** (draw.uniform(-self.gain_db, self.gain_db) / 20)
-        # By NumPy, which takes less time than PyTorch to begin: all of this takes a fifth of what decoding does.
+        # NumPy takes less time than PyTorch to begin, a twentieth of what 10 s of FLAC take in all.
         waveform, end = np.empty(self.samples, np.float32), 0
         for part in parts:
             begin, end = end, end + len(part)

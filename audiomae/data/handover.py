@@ -63,7 +63,7 @@ class _Slots(Dataset[Batch]):
                 f"clip {pair[1]} has a waveform of shape {tuple(sample[0].shape)}, expected {tuple(row.shape)}"
             )
         # At once, so that the memory of one waveform serves for all and stays in the processor's cache: to give memory
-        # for eight back and get it anew takes as long as reading them does.
+        # for eight back and get it anew takes nearly as long as reading them does.
         row.copy_(sample[0])
         return type(sample), sample[1:], unread
 

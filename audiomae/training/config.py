@@ -5,6 +5,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
+import torch
+
 from audiomae.config import EncoderConfig
 from audiomae.data.log_mel_stats import read_stats
 from audiomae.model import AudioMAEConfig
@@ -23,6 +25,12 @@ class AgreedError(SetupError):
 
 class JoinError(SetupError):
     """A rank that others do not find; each tells it."""
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Dtype that a model runs in under ``"bf16"``, ``"fp32"`` or ``"auto"``, which is bf16 on GPUs."""
+    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 @dataclass(frozen=True)

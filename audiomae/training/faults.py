@@ -1,16 +1,14 @@
 """What goes wrong in a run and does not end it: clips that cannot be read, and steps that are not finite."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from audiomae.atomic import replacing
 from audiomae.data import Batch, Manifest
 from audiomae.training.config import RunConfig
 from audiomae.training.distributed import Ranks, is_main_process
-from audiomae.training.logging import NullLog, RunLog
+from audiomae.training.logging import NullLog, RunLog, write_table
 from audiomae.training.progress import Progress
 from audiomae.training.supervisor import NullSupervisor, Supervisor
 from audiomae.training.verdict import Verdict
@@ -25,8 +23,8 @@ class TooManySkippedError(RuntimeError):
     """More clips than allowed cannot be read."""
 
 
-def tell_unread(unread: Mapping[int, str], manifest: Manifest, limit: float, split: str, folder: Path) -> list[str]:
-    """Tell which clips of a split that was evaluated cannot be read; nothing where all can.
+def report_unread(unread: Mapping[int, str], manifest: Manifest, limit: float, split: str, folder: Path) -> list[str]:
+    """Write down and return which clips of a split that was evaluated cannot be read; nothing where all can.
 
     Args:
         unread: Numbers of the clips, and what is wrong with each.
@@ -40,15 +38,10 @@ def tell_unread(unread: Mapping[int, str], manifest: Manifest, limit: float, spl
     """
     name, columns = SKIPPED
     if is_main_process():
-        (folder / name).unlink(missing_ok=True)
+        rows = [(clip, manifest.path(clip), reason) for clip, reason in unread.items()]
+        write_table(folder / name, columns[1:], rows, anew=True)
     if not unread:
         return []
-    if is_main_process():
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / name) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file)
-            rows.writerow(columns[1:])
-            rows.writerows((clip, manifest.path(clip), reason) for clip, reason in unread.items())
     named = [f"{manifest.path(clip)}: {reason}" for clip, reason in list(unread.items())[:NAMES]]
     more = f"; and {len(unread) - NAMES} more, which {folder / name} names" if len(unread) > NAMES else ""
     what = f"{len(unread)} of the {len(manifest)} clips of {split} cannot be read"

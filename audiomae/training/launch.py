@@ -27,6 +27,7 @@ def describe_launch(ranks: Ranks) -> dict[str, Any]:
         "folder": os.getcwd(),
         "host": socket.gethostname(),
         "ranks": ranks.world_size,
+        "device_type": ranks.device.type,
         "device": torch.cuda.get_device_name(ranks.device) if on_gpu else platform.machine(),
         "commit": source_commit(),
         "python": platform.python_version(),

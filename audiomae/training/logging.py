@@ -26,6 +26,27 @@ SECONDS_BETWEEN_LINES = 10.0
 LOG, EVALUATIONS = "log.jsonl", "evaluations.jsonl"
 
 
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, anew: bool = False) -> None:
+    """Add rows to a CSV file, which begins with its columns; without rows, none is made.
+
+    Args:
+        path: The file.
+        columns: Its header.
+        rows: What to add.
+        anew: Drop what the file holds.
+    """
+    if anew:
+        path.unlink(missing_ok=True)
+    rows = list(rows)
+    if not rows:
+        return
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # File names may hold bytes that are no UTF-8.
+    with path.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        csv.writer(file).writerows([columns, *rows] if new else rows)
+
+
 class RunLog:
     """Writes down a run, in the process of the main rank; :class:`NullLog` is for the others.
 
@@ -156,16 +177,7 @@ class RunLog:
             rows: What to add.
             anew: Drop what the file holds.
         """
-        path = self.directory / name
-        if anew:
-            path.unlink(missing_ok=True)
-        rows = list(rows)
-        if not rows:
-            return
-        new = not path.exists()
-        # File names may hold bytes that are no UTF-8.
-        with path.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            csv.writer(file).writerows([columns, *rows] if new else rows)
+        write_table(self.directory / name, columns, rows, anew=anew)
 
     def advance(self, step: int) -> None:
         """Tell the display that ``step`` is done. Call it at every step: it takes microseconds."""

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from audiomae.data import Batch, ClipBatches, Manifest
 from audiomae.seeding import seed_device
-from audiomae.training.config import RunConfig
+from audiomae.training.config import RunConfig, autocast_dtype
 from audiomae.training.distributed import Ranks
 from audiomae.training.faults import Faults
 from audiomae.training.logging import NullLog, RunLog
@@ -26,12 +26,6 @@ from audiomae.training.supervisor import NullSupervisor, Supervisor
 from audiomae.training.verdict import PendingVerdict
 
 WAITING_FOR_DATA = "waiting for data"
-
-
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Dtype that a model runs in under ``"bf16"``, ``"fp32"`` or ``"auto"``, which is bf16 on GPUs."""
-    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.bfloat16 if bf16 else torch.float32
 
 
 class _Paced:

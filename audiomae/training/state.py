@@ -20,7 +20,7 @@ from audiomae.checkpoints.shapes import check_state
 from audiomae.classifier import AudioClassifier
 from audiomae.data import Manifest
 from audiomae.model import AudioMAE
-from audiomae.training.config import RunConfig
+from audiomae.training.config import RunConfig, autocast_dtype
 from audiomae.training.logging import LOG
 from audiomae.training.parallel import sharded
 from audiomae.training.progress import Progress
@@ -227,19 +227,26 @@ def resume(
         ranks = state.launch.get("ranks")
         if ranks != world_size:
             notes.append(f"changed since the checkpoint: ranks were {_in_short(ranks)}, are {world_size}")
-        was, now = (
-            "bf16, on a GPU" if on_gpu else "fp32, on a CPU"
-            for on_gpu in (state.launch.get("cuda") is not None, next(model.parameters()).is_cuda)
-        )
-        if config.precision == state.settings.get("precision") == "auto" and was != now:
-            notes.append(f"changed since the checkpoint: precision was {was}, is {now}")
-        notes += [f"changed since the checkpoint: {line}" for line in changed.values()]
+        others = _changed_precision(state, config, next(model.parameters()).device)
+        notes += [f"changed since the checkpoint: {line}" for line in [*others, *changed.values()]]
         if state.clips != manifest.fingerprint():
             notes.append("changed since the checkpoint: the list of clips; skipped ones are counted anew")
             progress.unread = {}
             progress.nonfinite = {step: [] for step in progress.nonfinite}  # which still count
         return Resumed(path, progress.step, progress, state.optimizer, found, list(changed), broken, notes)
     raise CheckpointError("; ".join(notes))
+
+
+def _changed_precision(state: State, config: RunConfig, device: torch.device) -> list[str]:
+    """Tell if the same setting means another precision on this device."""
+    was = state.launch.get("device_type")
+    if was not in ("cpu", "cuda") or not config.precision == state.settings.get("precision") == "auto":
+        return []
+    before, now = (
+        f"{str(autocast_dtype('auto', torch.device(kind))).removeprefix('torch.')} on {kind}"
+        for kind in (was, device.type)
+    )
+    return [] if before == now else [f"precision was {before}, is {now}"]
 
 
 def _load(

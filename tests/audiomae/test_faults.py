@@ -16,7 +16,7 @@ from audiomae.data import Manifest
 from audiomae.model import AudioMAE
 from audiomae.training.config import PretrainConfig
 from audiomae.training.distributed import Ranks
-from audiomae.training.faults import Faults
+from audiomae.training.faults import Faults, report_unread
 from audiomae.training.logging import RunLog
 from audiomae.training.progress import Progress
 from audiomae.training.supervisor import NullSupervisor
@@ -185,6 +185,16 @@ def test_only_clips_that_may_have_spoilt_a_step_are_named(tmp_path: Path, spoilt
         faults.judge(Verdict(4, False, 0, [3, 2], []), log, NullSupervisor())
     assert progress.nonfinite == {4: named}
     assert [int(row["clip"]) for row in read_table(tmp_path / "nonfinite.csv")] == named
+
+
+def test_clips_of_an_evaluation_keep_the_bytes_of_their_names(tmp_path: Path) -> None:
+    manifest = Manifest([("a.wav", ()), ("b\udcff.wav", ())])
+    assert report_unread({1: "silent"}, manifest, 0.5, "test", tmp_path / "test") == [
+        "1 of the 2 clips of test cannot be read and are left out: b\udcff.wav: silent"
+    ]
+    assert b"1,b\xff.wav,silent" in (tmp_path / "test" / "skipped.csv").read_bytes()
+    assert report_unread({}, manifest, 0.5, "test", tmp_path / "test") == []
+    assert not (tmp_path / "test" / "skipped.csv").exists()
 
 
 def test_losses_that_are_not_finite_are_left_out_as_often_as_allowed(

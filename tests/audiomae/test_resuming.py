@@ -252,10 +252,10 @@ def test_another_device_is_told_where_it_changes_the_precision(
     shutil.copytree(whole, tmp_path / "run")
     saved = load_pickle(whole / "checkpoint-previous.pt")
     save_with_checksum(
-        {**saved, "launch": {**saved["launch"], "cuda": "13.0"}}, tmp_path / "run" / "checkpoint-last.pt"
+        {**saved, "launch": {**saved["launch"], "device_type": "cuda"}}, tmp_path / "run" / "checkpoint-last.pt"
     )
     run(tmp_path / "run", *FLAGS, "--resume", "auto")
-    told = "changed since the checkpoint: precision was bf16, on a GPU, is fp32, on a CPU"
+    told = "changed since the checkpoint: precision was bfloat16 on cuda, is float32 on cpu"
     assert told in capsys.readouterr().err
     shutil.copytree(whole, tmp_path / "same")
     run(tmp_path / "same", *FLAGS, "--resume", "auto")
