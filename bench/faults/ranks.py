@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 from bench.faults.lab import SMALL, SMALL_STEPS, Lab, wait_for_steps
@@ -30,38 +31,37 @@ RENDEZVOUS = "last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=3
 
 def rank_killed(lab: Lab, times: int) -> Outcome:
     """Kill one of two ranks at random moments, and start both again."""
-    outcome, output = Outcome(), lab.folder / "run"
-    settings = (*SMALL, "--epochs", epochs_for(times, SMALL_STEPS))
-    whole = lab.whole(*settings)
-    reached = 0
-    for number in range(times):
-        run = lab.torchrun(output, *settings, "--save-steps", "1", "--workers", "1")
-        rank, process = befall_rank(lab, run, output, reached, number % 2, signal.SIGKILL)
-        outcome.add(f"rank {rank}")
+
+    def see_end(outcome: Outcome, run: Command) -> None:
         outcome.expect(run.wait() != 0, "torchrun ended as if the run was done")
-        check_named(outcome, run, rank, process)
-        check_resumed(outcome, resumed_step(run, SMALL_STEPS), reached - 1)
-        reached = last_step(output)
-    end = lab.torchrun(output, *settings)
-    lab.finish(end)
-    check_resumed(outcome, resumed_step(end, SMALL_STEPS), reached - 1)
-    outcome.same_curve(output, whole)
-    return outcome
+
+    return lose_ranks(lab, times, signal.SIGKILL, see_end, "--workers", "1")
 
 
 def rank_stopped(lab: Lab, times: int) -> Outcome:
     """Stop one of two ranks, so that it hangs, and start both again when that is told."""
+
+    def see_end(outcome: Outcome, run: Command) -> None:
+        run.wait_for_text("audiomae: error: ")
+        run.close()  # torchrun would wait for half a minute until it kills the one that is stopped
+
+    return lose_ranks(lab, times, signal.SIGSTOP, see_end, "--hang-timeout", "16")
+
+
+def lose_ranks(
+    lab: Lab, times: int, number: signal.Signals, see_end: Callable[[Outcome, Command], None], *flags: str
+) -> Outcome:
+    """Send one of two ranks a signal at random moments, see the run end, and start both again."""
     outcome, output = Outcome(), lab.folder / "run"
     settings = (*SMALL, "--epochs", epochs_for(times, SMALL_STEPS))
     whole = lab.whole(*settings)
     reached = 0
-    for number in range(times):
-        run = lab.torchrun(output, *settings, "--save-steps", "1", "--hang-timeout", "16")
-        rank, process = befall_rank(lab, run, output, reached, number % 2, signal.SIGSTOP)
+    for turn in range(times):
+        run = lab.torchrun(output, *settings, "--save-steps", "1", *flags)
+        rank, process = befall_rank(lab, run, output, reached, turn % 2, number)
         outcome.add(f"rank {rank}")
-        run.wait_for_text("audiomae: error: ")
+        see_end(outcome, run)
         check_named(outcome, run, rank, process)
-        run.close()  # torchrun would wait for half a minute until it kills the one that is stopped
         check_resumed(outcome, resumed_step(run, SMALL_STEPS), reached - 1)
         reached = last_step(output)
     end = lab.torchrun(output, *settings)

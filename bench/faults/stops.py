@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench.faults.lab import (
@@ -77,47 +78,42 @@ def check_resumed(outcome: Outcome, resumed: int | None, saved: int) -> None:
         )
 
 
-def stop_by_signal(lab: Lab, times: int, number: signal.Signals) -> Outcome:
-    """Ask a run to stop at random moments."""
-    outcome, output = Outcome(), lab.folder / "run"
-    settings = (*SMALL, "--epochs", epochs_for(times, SMALL_STEPS))
-    whole = lab.whole(*settings)
-    stopped = 0
-    for _ in range(times):
-        run = lab.pretrain(output, *settings)
-        wait_for_random_moment(lab, run, output, stopped)
-        run.signal(number)
-        outcome.add()
-        stopped = check_stopped(outcome, run, number, stopped)
-    finish_and_compare(lab, outcome, lab.pretrain(output, *settings), output, whole, stopped)
-    return outcome
-
-
-def sigterm(lab: Lab, times: int) -> Outcome:
-    """SIGTERM, as a batch system sends it."""
-    return stop_by_signal(lab, times, signal.SIGTERM)
-
-
-def sigint(lab: Lab, times: int) -> Outcome:
-    """SIGINT, as Ctrl-C sends it."""
-    return stop_by_signal(lab, times, signal.SIGINT)
-
-
-def signal_to_group(lab: Lab, times: int) -> Outcome:
-    """Send both signals to a run together with the processes that read for it."""
+def stop_by_signals(
+    lab: Lab,
+    times: int,
+    numbers: Sequence[signal.Signals],
+    send: Callable[[Command, signal.Signals], None],
+    *flags: str,
+) -> Outcome:
+    """Ask a run to stop at random moments, by each of these signals in turn."""
     outcome, output = Outcome(), lab.folder / "run"
     settings = (*SMALL, "--epochs", epochs_for(times, SMALL_STEPS))
     whole = lab.whole(*settings)
     stopped = 0
     for turn in range(times):
-        number = (signal.SIGTERM, signal.SIGINT)[turn % 2]
-        run = lab.pretrain(output, *settings, "--workers", "2")
+        number = numbers[turn % len(numbers)]
+        run = lab.pretrain(output, *settings, *flags)
         wait_for_random_moment(lab, run, output, stopped)
-        run.signal_group(number)
-        outcome.add(number.name)
+        send(run, number)
+        outcome.add(*([number.name] if len(numbers) > 1 else []))
         stopped = check_stopped(outcome, run, number, stopped)
-    finish_and_compare(lab, outcome, lab.pretrain(output, *settings, "--workers", "2"), output, whole, stopped)
+    finish_and_compare(lab, outcome, lab.pretrain(output, *settings, *flags), output, whole, stopped)
     return outcome
+
+
+def sigterm(lab: Lab, times: int) -> Outcome:
+    """SIGTERM, as a batch system sends it."""
+    return stop_by_signals(lab, times, [signal.SIGTERM], Command.signal)
+
+
+def sigint(lab: Lab, times: int) -> Outcome:
+    """SIGINT, as Ctrl-C sends it."""
+    return stop_by_signals(lab, times, [signal.SIGINT], Command.signal)
+
+
+def signal_to_group(lab: Lab, times: int) -> Outcome:
+    """Send both signals to a run together with the processes that read for it."""
+    return stop_by_signals(lab, times, [signal.SIGTERM, signal.SIGINT], Command.signal_group, "--workers", "2")
 
 
 def signal_to_torchrun(lab: Lab, times: int) -> Outcome:
