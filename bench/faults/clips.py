@@ -191,7 +191,7 @@ def skip_nonfinite(lab: Lab, times: int) -> Outcome:
     for number in range(times):
         visits = draw_visits(lab, 2)
         flags = (*SETTINGS, "--skip-nonfinite", "2", "--save-steps", "1")
-        outputs = {kind: lab.folder / f"{kind}-{number}" for kind in ("whole", "killed", "ranks", "strict")}
+        outputs = {kind: lab.folder / f"{kind}-{number}" for kind in ("whole", "killed", "strict")}
         lab.finish(spoil(lab, outputs["whole"], visits, *flags))
         outcome.add()
         log = read_log(outputs["whole"])
